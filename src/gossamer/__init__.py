@@ -1,0 +1,1 @@
+"""gossamer: neural networks made sparse."""

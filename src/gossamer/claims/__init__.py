@@ -1,0 +1,1 @@
+"""Executable claims, one module per method."""

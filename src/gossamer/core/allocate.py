@@ -1,0 +1,150 @@
+"""Allocation: how one overall sparsity is split over layers.
+
+Every function returns ``{layer name: sparsity}``. Multiplied by the layers' sizes and rounded
+(:func:`gossamer.core.budget.kept_count`), the kept counts add up to ``round((1 - s) * N)`` of
+all N weights, up to one weight per layer. An allocation is an argument of a method.
+"""
+
+from collections.abc import Callable, Mapping
+from math import fsum, prod
+
+import torch
+from torch import Tensor
+
+from gossamer.core.budget import Budget, check_sparsity, kept_count
+from gossamer.core.errors import GossamerError
+from gossamer.core.pattern import Unstructured
+from gossamer.core.scores.magnitude import lamp as lamp_score
+
+__all__ = ["er", "erk", "global_", "lamp", "owl", "uniform"]
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def uniform(shapes: Shapes, sparsity: float) -> dict[str, float]:
+    """The same sparsity everywhere."""
+    check_sparsity(sparsity)
+    return dict.fromkeys(shapes, float(sparsity))
+
+
+def _proportional(
+    shapes: Shapes, sparsity: float, weight: Callable[[tuple[int, ...]], float]
+) -> dict[str, float]:
+    """Density proportional to ``weight(shape)``; layers that would exceed 1 stay dense.
+
+    Solves e * sum(w_l * n_l) + sum(n of dense layers) = (1 - s) * N, freezing layers with
+    e * w_l > 1 and solving again. Terminates: every round freezes at least one layer, and the
+    densities of the rest only have to meet a budget they can meet.
+    """
+    check_sparsity(sparsity)
+    if not shapes:
+        return {}
+    sizes = {name: prod(shape) for name, shape in shapes.items()}
+    weights = {name: weight(shape) for name, shape in shapes.items()}
+    budget = (1.0 - sparsity) * sum(sizes.values())
+    dense: set[str] = set()
+    while True:
+        free = [name for name in shapes if name not in dense]
+        if not free:
+            return dict.fromkeys(shapes, 0.0)
+        left = budget - sum(sizes[name] for name in dense)
+        scale = left / fsum(weights[name] * sizes[name] for name in free)
+        over = {name for name in free if scale * weights[name] > 1.0}
+        if not over:
+            break
+        dense |= over
+    return {
+        name: 0.0 if name in dense else max(0.0, 1.0 - scale * weights[name])
+        for name in shapes
+    }
+
+
+def er(shapes: Shapes, sparsity: float) -> dict[str, float]:
+    """Erdős-Rényi: density proportional to (in + out) / (in * out); larger layers are sparser.
+
+    Convolution kernels count as part of the layer's size only. Source: arXiv 1707.04780.
+    """
+    return _proportional(shapes, sparsity, lambda s: (s[0] + s[1]) / (s[0] * s[1]))
+
+
+def erk(shapes: Shapes, sparsity: float) -> dict[str, float]:
+    """Erdős-Rényi kernel: like :func:`er`, with the kernel's sides in sum and product.
+
+    Equal to ``er`` for linear layers. Source: arXiv 1911.11134, §3.
+    """
+    return _proportional(shapes, sparsity, lambda s: sum(s) / prod(s))
+
+
+def _from_counts(kept: Mapping[str, int], sizes: Mapping[str, int]) -> dict[str, float]:
+    # 1 - kept/size gives back the exact count through kept_count for any size below 2**50.
+    return {name: 1.0 - kept[name] / sizes[name] for name in kept}
+
+
+def global_(scores: Mapping[str, Tensor], sparsity: float) -> dict[str, float]:
+    """What one competition over all layers leaves to each.
+
+    Parameters
+    ----------
+    scores : layer name to scores, higher means keep.
+
+    A layer whose scores are all small may be emptied: that is this rule's known weakness.
+    """
+    check_sparsity(sparsity)
+    if not scores:
+        return {}
+    chosen = Unstructured("model").select_model(scores, Budget(sparsity=sparsity))
+    kept = {name: selection.kept for name, selection in chosen.items()}
+    return _from_counts(kept, {name: score.numel() for name, score in scores.items()})
+
+
+def lamp(weights: Mapping[str, Tensor], sparsity: float) -> dict[str, float]:
+    """:func:`global_` over LAMP scores, which empty no layer. Source: arXiv 2010.07611."""
+    return global_({name: lamp_score(weight) for name, weight in weights.items()}, sparsity)
+
+
+def owl(
+    outliers: Mapping[str, float], sizes: Mapping[str, int], sparsity: float, spread: float = 0.08
+) -> dict[str, float]:
+    """Outlier weighed: layers (or blocks) with a larger share of outliers stay denser.
+
+    Densities are an affine map of the outlier shares with total range ``2 * spread``, shifted
+    so that the size-weighted mean is exactly ``1 - sparsity``; values outside [0, 1] are
+    clipped and the rest shifted again. Equal shares give the uniform allocation.
+
+    Parameters
+    ----------
+    outliers : name to share of outlier scores (:func:`gossamer.core.scores.outlier_share`).
+    sizes : name to number of weights.
+    spread : half the range of densities, the paper's lambda, 0 <= spread <= 0.5.
+
+    Source: arXiv 2310.05175, §3. Departs from the paper: the mean is weighted by size, so the
+    budget is met when blocks differ in size.
+    """
+    check_sparsity(sparsity)
+    if not 0.0 <= spread <= 0.5:
+        raise GossamerError(f"spread is {spread!r}; it is half a range of densities, 0 to 0.5")
+    if not outliers:
+        return {}
+    low, high = min(outliers.values()), max(outliers.values())
+    width = high - low
+    raw = {n: 2 * spread * (d - low) / width if width else 0.0 for n, d in outliers.items()}
+    total = sum(sizes[name] for name in outliers)
+    budget = (1.0 - sparsity) * total
+    # The shift that meets the budget after clipping: the kept count grows with it, so bisect.
+    down, up = -1.0 - 2 * spread, 1.0
+    for _ in range(200):
+        shift = (down + up) / 2
+        kept = fsum(min(1.0, max(0.0, raw[n] + shift)) * sizes[n] for n in outliers)
+        down, up = (shift, up) if kept < budget else (down, shift)
+    return {n: 1.0 - min(1.0, max(0.0, raw[n] + up)) for n in outliers}
+
+
+def kept_total(allocation: Mapping[str, float], sizes: Mapping[str, int]) -> int:
+    """Entries an allocation keeps in all."""
+    return sum(kept_count(sizes[name], s) for name, s in allocation.items())
+
+
+def spread_of(allocation: Mapping[str, float]) -> tuple[float, float]:
+    """Lowest and highest sparsity of an allocation."""
+    values = torch.tensor(list(allocation.values()), dtype=torch.double)
+    return float(values.min()), float(values.max())

@@ -1,0 +1,76 @@
+"""Method: a card, parameters, and a way to apply them. Immutable; vary with ``replace``."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Self
+
+from gossamer.core.budget import check_sparsity
+from gossamer.core.card import Card
+from gossamer.core.errors import GossamerError, unknown
+from gossamer.core.pattern import Pattern, parse_pattern
+from gossamer.core.stats import Stat
+
+__all__ = ["Method"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method(ABC):
+    """Base of every method: fields are its parameters, class attributes describe it.
+
+    A family's ``base.py`` says how its methods are applied; a method's own file adds the card,
+    its fields, and as a rule one function.
+    """
+
+    card: ClassVar[Card]
+    needs: ClassVar[frozenset[Stat]] = frozenset()
+    exempt: ClassVar[Mapping[str, str]] = {}
+    """Conformance checks that do not apply, with the reason: ``{check: reason}``."""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name == "pattern" and isinstance(value, str):
+                object.__setattr__(self, field.name, parse_pattern(value))
+            elif field.name == "sparsity" and value is not None:
+                check_sparsity(value)
+            elif field.name == "seed" and (not isinstance(value, int) or value < 0):
+                raise GossamerError(f"seed is {value!r}; give a whole number, at least 0")
+
+    @classmethod
+    def key(cls) -> str:
+        """The method's name in CLI, recipes and results: the name of its file."""
+        return cls.__module__.rpartition(".")[2]
+
+    @abstractmethod
+    def apply(self, model: Any, data: Any = None) -> Any:
+        """Apply to a model in place and return an ``Applied`` that can report, undo and save."""
+
+    @abstractmethod
+    def reattach(self, model: Any, meta: Mapping[str, Any], tensors: Mapping[str, Any]) -> Any:
+        """Apply again what ``Applied.state`` stored, without data, after the weights are loaded."""
+
+    def to_dict(self) -> dict[str, object]:
+        """As plain values that :meth:`from_dict` reads back."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        plain = {k: str(v) if isinstance(v, Pattern) else v for k, v in values.items()}
+        return {"method": self.key(), **plain}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """The method that :meth:`to_dict` described.
+
+        Raises
+        ------
+        GossamerError
+            On an unknown parameter, with the nearest known ones.
+        """
+        given = dict(values)
+        name = given.pop("method", cls.key())
+        if name != cls.key():
+            raise GossamerError(f"these are parameters of {name!r}, not of {cls.key()!r}")
+        known = tuple(f.name for f in fields(cls) if f.init)
+        for key in given:
+            if key not in known:
+                raise unknown(f"parameter of {cls.key()}", key, known)
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})

@@ -1,0 +1,151 @@
+"""Applied: a method at work on a model. It reports, undoes itself, and can be saved."""
+
+from abc import ABC, abstractmethod
+from dataclasses import asdict, dataclass, field
+from math import fsum
+from pathlib import Path
+from typing import Any, Self
+
+from torch import Tensor, nn
+
+from gossamer.core import Method
+
+__all__ = ["Applied", "Report", "SiteRow", "State"]
+
+
+@dataclass(frozen=True)
+class State:
+    """What restores a method on a freshly loaded model, without data.
+
+    Parameters
+    ----------
+    meta : JSON-able values. tensors : name to tensor (masks packed to one bit, thresholds ...).
+    """
+
+    meta: dict[str, Any] = field(default_factory=dict)
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class SiteRow:
+    """Sparsity of one site.
+
+    Parameters
+    ----------
+    size : what the sparsity is a share of: weights of a matrix, causal pairs of a map, latents.
+    """
+
+    name: str
+    role: str
+    block: int
+    size: int
+    sparsity: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a method did, site by site.
+
+    Parameters
+    ----------
+    method : the method as plain values. rows : one per site.
+    unit : what is counted: ``weights``, ``input channels``, ``attention pairs``, ``latents``.
+    all_size : parameters of the whole model where the unit is weights, else the rows' total.
+    simulated : the arithmetic still runs densely; no speed or memory is gained yet.
+    notes : further facts in sentences.
+    """
+
+    method: dict[str, Any]
+    rows: tuple[SiteRow, ...]
+    unit: str
+    all_size: int
+    simulated: bool
+    notes: tuple[str, ...] = ()
+
+    @property
+    def size(self) -> int:
+        """Total size of the sites."""
+        return sum(row.size for row in self.rows)
+
+    @property
+    def sparsity(self) -> float:
+        """Share removed over the sites, weighted by their size."""
+        return fsum(r.sparsity * r.size for r in self.rows) / self.size if self.rows else 0.0
+
+    @property
+    def sparsity_all(self) -> float:
+        """Share removed over the whole model."""
+        return fsum(r.sparsity * r.size for r in self.rows) / self.all_size if self.rows else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values, for JSON."""
+        values = asdict(self)
+        return {**values, "sparsity": self.sparsity, "sparsity_all": self.sparsity_all}
+
+    def __str__(self) -> str:
+        name = self.method.get("method", "?")
+        fields = ", ".join(
+            f"{k} {v}" for k, v in self.method.items() if k != "method" and v is not None
+        )
+        head = f"{name} ({fields}): {self.sparsity:.2%} of {self.size:,} {self.unit} removed"
+        if self.unit == "weights":
+            head += f", {self.sparsity_all:.2%} of all {self.all_size:,} parameters"
+        if self.simulated:
+            head += "; simulated: runs dense"
+        wide = max((len(r.name) for r in self.rows), default=0)
+        lines = [f"  {r.name:<{wide}}  {r.sparsity:7.2%} of {r.size:>12,}" for r in self.rows]
+        return "\n".join([head, *lines, *(f"  note: {n}" for n in self.notes)])
+
+
+class Applied(ABC):
+    """A method at work on a model; a context manager that restores the model on exit.
+
+    Attributes
+    ----------
+    method : the method, resolved: every parameter that was left open has its value.
+    model : the model it works on.
+    simulated : the arithmetic still runs densely, so no speed may be claimed.
+    """
+
+    simulated: bool = True
+
+    def __init__(self, method: Method, model: nn.Module) -> None:
+        self.method = method
+        self.model = model
+
+    @abstractmethod
+    def restore(self) -> None:
+        """Put the model back exactly as it was. A second call does nothing.
+
+        Raises
+        ------
+        GossamerError
+            If the method was applied without keeping what undoing needs.
+        """
+
+    @abstractmethod
+    def state(self) -> State:
+        """What ``method.reattach`` needs on the saved model."""
+
+    @abstractmethod
+    def report(self) -> Report:
+        """What was removed, site by site."""
+
+    def weight_bytes_limit(self) -> int | None:
+        """Weight bytes a kernel that skips what was removed must still read per decoded token.
+
+        None when the method removes no weight traffic.
+        """
+        return None
+
+    def save(self, folder: str | Path, tokenizer: Any = None) -> Path:
+        """Write the model with this method: see :func:`gossamer.models.store.save`."""
+        from gossamer.models.store import save
+
+        return save(self.model, [self], folder, tokenizer)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.restore()

@@ -1,0 +1,540 @@
+"""Train nano: next-token prediction on Python source, decayed to zero inside a time limit.
+
+Three steps: ``prepare`` collects the corpus and the tokenizer into one file, ``train`` makes the
+model folder, ``card`` writes its README from the record of the run. Run
+``python -m gossamer.models.nano.train STEP --help``.
+
+AdamW, not a matrix-whitening optimizer, on purpose: the model stands in for the usual
+checkpoints, and the optimizer shapes the outliers that sparsity methods feed on.
+"""
+
+import argparse
+import json
+import math
+import platform
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+if __package__:
+    from gossamer.models.nano import card, corpus, tokenizer
+else:  # run as a plain file, where this folder is on the path and gossamer may not be
+    import card
+    import corpus
+    import tokenizer
+
+SHAPE = {
+    "vocab_size": 4096,
+    "hidden_size": 256,
+    "intermediate_size": 768,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 32,
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": True,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": 1,
+    "rms_norm_eps": 1e-5,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+}
+PROMPTS = (
+    "import numpy as np\n\n\ndef softmax(x",
+    "class Stack:\n",
+    "import unittest\n\n\nclass TestQueue(unittest.TestCase):\n    def test_",
+)
+
+
+# --- data --------------------------------------------------------------------------------------
+
+
+def prepare(options: argparse.Namespace) -> None:
+    """Collect, tokenise, and write the corpus file and the packaged texts."""
+    packages = corpus.collect(options.packages_dir, options.package_bytes)
+    train = [one for one in packages if one.name not in corpus.HELDOUT]
+    heldout = [one for one in packages if one.name in corpus.HELDOUT]
+    if not train or not heldout:
+        raise ValueError(
+            f"found {len(train)} training and {len(heldout)} held-out packages; both splits need "
+            f"some: install some of {corpus.HELDOUT} in a folder named by --packages-dir"
+        )
+    documents = sorted(file for one in train for file in one.files)
+    documents.sort(key=lambda file: corpus.order(file[0]))
+    sample, size = [], 0
+    for _, text in documents:
+        if size < options.tokenizer_bytes:
+            sample.append(text)
+            size += len(text)
+    bpe = tokenizer.build(sample, options.vocabulary)
+    arrays, tokens = corpus.tokenise(packages, bpe)
+    meta = {
+        "vocabulary": bpe.get_vocab_size(),
+        "tokens": {split: len(array) for split, array in arrays.items()},
+        "packages": [
+            {
+                "name": one.name,
+                "version": one.version,
+                "licence": one.licence,
+                "split": "held out" if one.name in corpus.HELDOUT else "train",
+                "files": len(one.files),
+                "bytes": sum(len(text.encode()) for _, text in one.files),
+                "tokens": tokens[one.name],
+            }
+            for one in packages
+        ],
+    }
+    members = tokenizer.files(bpe, SHAPE["max_position_embeddings"])
+    corpus.save(options.corpus, arrays, {**members, "meta.json": json.dumps(meta).encode()})
+    if options.texts:
+        shipped = [one for one in train if one.name in corpus.CALIBRATION]
+        used = {}
+        for name, source in {"calibration": shipped, "heldout": heldout}.items():
+            data, used[name] = corpus.excerpt(source, options.text_bytes)
+            corpus.write_atomic(options.texts / f"{name}.txt.gz", data)
+        corpus.write_atomic(options.texts / "LICENSES.txt", corpus.licences(used))
+    print(f"{len(train)} training packages, {meta['tokens']['train']:,} tokens")
+    print(f"{len(heldout)} held-out packages, {meta['tokens']['val']:,} tokens")
+    print(f"{options.corpus.name}: {options.corpus.stat().st_size / 1e6:.1f} MB")
+
+
+class Windows:
+    """Every token once per epoch, in windows of a fresh phase and order.
+
+    The batch of a step depends only on the seed and the step, so a resumed run sees the data an
+    uninterrupted one would have seen.
+
+    Parameters
+    ----------
+    tokens : int tensor of shape (N,).
+    context : tokens predicted per window.
+    batch : windows per step.
+    seed : fixes phase and order of every epoch.
+    """
+
+    def __init__(self, tokens, context: int, batch: int, seed: int):
+        self.tokens, self.context, self.batch, self.seed = tokens, context, batch, seed
+        self.per_epoch = (len(tokens) - 1 - context) // context // batch
+        if self.per_epoch < 1:
+            raise ValueError(
+                f"{len(tokens)} tokens do not fill one batch of {batch} windows of {context}: "
+                "use a larger corpus, or a smaller --batch or --context"
+            )
+        self._epoch, self._starts = -1, None
+
+    def at(self, step: int):
+        """Inputs and targets of a step, each of shape (batch, context)."""
+        import torch
+
+        epoch, position = divmod(step, self.per_epoch)
+        if epoch != self._epoch:
+            generator = torch.Generator().manual_seed(self.seed * 100_003 + epoch)
+            phase = int(torch.randint(self.context, (), generator=generator))
+            count = (len(self.tokens) - 1 - phase) // self.context
+            starts = torch.randperm(count, generator=generator) * self.context + phase
+            self._epoch, self._starts = epoch, starts.to(self.tokens.device)
+        start = self._starts[position * self.batch : (position + 1) * self.batch]
+        return cut(self.tokens, start, self.context)
+
+
+def cut(tokens, starts, context: int):
+    """Windows of inputs and next-token targets at given starts."""
+    import torch
+
+    index = starts[:, None] + torch.arange(context + 1, device=starts.device)
+    window = tokens[index].long()
+    return window[:, :-1], window[:, 1:]
+
+
+# --- baselines ---------------------------------------------------------------------------------
+
+
+def baselines(train: np.ndarray, val: np.ndarray, vocabulary: int) -> dict[str, float]:
+    r"""Perplexity of counting: one token without context, and one token after another.
+
+    Unigram: add-one counts. Bigram: Witten-Bell, which trusts a context by how seldom it brings
+    something new,
+
+    .. math:: p(b|a) = \frac{c(ab) + t(a)\,p(b)}{c(a) + t(a)},
+
+    with t(a) the number of distinct followers of a. Both are scored on the same targets as the
+    model: every token of ``val`` but the first.
+    """
+    counts = np.bincount(train, minlength=vocabulary) + 1.0
+    unigram = counts / counts.sum()
+    pairs = np.bincount(
+        train[:-1].astype(np.int64) * vocabulary + train[1:], minlength=vocabulary * vocabulary
+    ).reshape(vocabulary, vocabulary)
+    followers = (pairs > 0).sum(axis=1)
+    # A context never seen in training carries no trust: the unigram answers alone.
+    trust = np.where(followers > 0, followers, 1)
+    before, after = val[:-1].astype(np.int64), val[1:].astype(np.int64)
+    joint = pairs[before, after] + trust[before] * unigram[after]
+    bigram = joint / (pairs.sum(axis=1) + trust)[before]
+    return {
+        "unigram": float(np.exp(-np.log(unigram[after]).mean())),
+        "bigram": float(np.exp(-np.log(bigram).mean())),
+    }
+
+
+# --- model -------------------------------------------------------------------------------------
+
+
+def evaluate(model, val, context: int, batch: int, lengths: list[int]) -> dict[str, float]:
+    """Perplexity per token and bits per byte over a token stream, each target predicted once.
+
+    Windows do not overlap, so a window's first targets are predicted from little context.
+    """
+    import torch
+    from torch.nn import functional
+
+    device = next(model.parameters()).device
+    val = torch.from_numpy(val.astype(np.int32)).to(device)
+    sizes = torch.tensor(lengths, device=device)
+    loss, count, size = 0.0, 0, 0
+    whole = (len(val) - 1) // context * context
+    blocks = [
+        torch.arange(start, min(start + batch * context, whole), context, device=device)
+        for start in range(0, whole, batch * context)
+    ]
+    with torch.inference_mode():
+        rest = [(torch.tensor([whole], device=device), len(val) - 1 - whole)]
+        for starts, length in [(block, context) for block in blocks] + rest:
+            if length:
+                inputs, targets = cut(val, starts, length)
+                logits = model(input_ids=inputs, use_cache=False).logits.float()
+                loss += float(
+                    functional.cross_entropy(
+                        logits.flatten(0, 1), targets.flatten(), reduction="sum"
+                    ).double()
+                )
+                count += targets.numel()
+                size += int(sizes[targets].sum())
+    return {
+        "perplexity": math.exp(loss / count),
+        "bits_per_byte": loss / math.log(2) / size,
+        "tokens": count,
+        "bytes": size,
+    }
+
+
+def rate(progress: float, warmup: float, stable: float) -> float:
+    """Learning-rate factor: up linearly, then level, then linearly to zero at progress 1."""
+    if progress < warmup:
+        return (progress + 1e-3) / (warmup + 1e-3)
+    return min(1.0, max(0.0, (1.0 - progress) / (1.0 - stable)))
+
+
+def new_model(shape: dict, seed: int):
+    """A freshly initialised Llama with fp32 weights."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    config = LlamaConfig(**shape)
+    config._attn_implementation = "sdpa"
+    model = LlamaForCausalLM(config)
+    # The two projections that write into the residual stream start smaller, so that its
+    # variance does not grow with depth.
+    scale = 1.0 / math.sqrt(2 * config.num_hidden_layers)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight *= scale
+            layer.mlp.down_proj.weight *= scale
+    return model
+
+
+def train(options: argparse.Namespace) -> dict:
+    """Train, export in bf16, evaluate the exported model, and return the record of the run."""
+    import torch
+    from torch.nn import functional
+    from transformers import AutoModelForCausalLM
+
+    began = time.monotonic()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    cuda = device.type == "cuda"
+    torch.set_float32_matmul_precision("high")
+    tokens, val, meta, members = corpus.load(options.corpus)
+    lengths = tokenizer.token_bytes(members["tokenizer.json"])
+    shape = {**SHAPE, "vocab_size": meta["vocabulary"], **options.shape}
+    model = new_model(shape, options.seed).to(device).train()
+    parameters = sum(one.numel() for one in model.parameters())
+    windows = Windows(
+        torch.from_numpy(tokens.astype(np.int32)).to(device),
+        options.context,
+        options.batch,
+        options.seed,
+    )
+    # In-training validation draws on the whole held-out stream, evenly, in training-sized batches
+    # so that the compiled code serves both.
+    held = torch.from_numpy(val.astype(np.int32)).to(device)
+    room = len(held) - 1 - options.context
+    if room < 0:
+        raise ValueError(f"{len(held)} held-out tokens do not fill a window of {options.context}")
+    spread = torch.linspace(0, room, options.batch, device=device).long()
+
+    def loss_of(hidden, weight, targets):
+        logits = functional.linear(hidden, weight).float()
+        return functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+    if cuda and not options.no_compile:
+        torch._dynamo.config.recompile_limit = 64
+        # Layer by layer: compiled whole, the model would materialise its causal mask and lose
+        # the fast attention kernel.
+        for layer in model.model.layers:
+            layer.compile()
+        loss_of = torch.compile(loss_of)
+
+    def forward(inputs, targets):
+        with torch.autocast(device.type, torch.bfloat16, enabled=cuda):
+            hidden = model.model(input_ids=inputs, use_cache=False).last_hidden_state
+            return loss_of(hidden, model.lm_head.weight, targets)
+
+    def validate() -> float:
+        with torch.no_grad():
+            return float(forward(*cut(held, spread, options.context)))
+
+    matrices = [one for one in model.parameters() if one.ndim >= 2]
+    vectors = [one for one in model.parameters() if one.ndim < 2]
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": matrices, "weight_decay": options.weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ],
+        lr=options.lr,
+        betas=(0.9, 0.95),
+        fused=cuda,
+    )
+    step, progress, curve, seconds = 0, 0.0, [], 0.0
+    if options.checkpoint and options.checkpoint.exists():
+        state = torch.load(options.checkpoint, map_location=device, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        step, progress, curve = state["step"], state["progress"], state["curve"]
+        seconds = state["seconds"]
+        print(f"resumed at step {step}, progress {progress:.3f}")
+
+    def keep() -> None:
+        if options.checkpoint:
+            temporary = options.checkpoint.with_suffix(".partial")
+            state = {
+                "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "step": step,
+                "progress": progress,
+                "curve": curve,
+                "seconds": seconds + time.monotonic() - start,
+            }
+            torch.save(state, temporary)
+            temporary.replace(options.checkpoint)
+
+    per_step = options.batch * options.context
+    steps = options.steps or (math.ceil(options.tokens / per_step) if options.tokens else None)
+    # Compiling comes before the clock: a schedule must not spend its warm-up on it.
+    forward(*windows.at(step)).backward()
+    optimizer.zero_grad(set_to_none=True)
+    validate()
+    start = time.monotonic()
+    budget = None
+    if options.time_limit:
+        budget = max(1.0, options.time_limit - (start - began) - options.reserve)
+    print(
+        f"{parameters:,} parameters, {len(tokens):,} training tokens, {per_step:,} per step, "
+        f"set-up {start - began:.0f} s",
+        flush=True,
+    )
+    first, first_progress, shown = step, progress, time.monotonic()
+    while progress < 1.0:
+        factor = rate(progress, options.warmup, options.stable)
+        for group in optimizer.param_groups:
+            group["lr"] = options.lr * factor
+        loss = forward(*windows.at(step))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        step += 1
+        loss = loss.detach()
+        if step % 10 == 0:
+            loss.item()  # waits for the device, so that the clock below is honest
+        by_steps = step / steps if steps else 0.0
+        by_clock = 0.0
+        if budget:
+            share = (time.monotonic() - start) / budget
+            by_clock = first_progress + (1.0 - first_progress) * share
+        progress = max(by_steps, by_clock)
+        if step % options.every == 0 or progress >= 1.0:
+            measured = validate()
+            curve.append([step, step * per_step, round(float(loss), 4), round(measured, 4)])
+            now = time.monotonic()
+            speed = (step - first) * per_step / (now - start)
+            print(
+                f"step {step} progress {min(progress, 1):.3f} tokens {step * per_step / 1e6:.1f}M "
+                f"epoch {step / windows.per_epoch:.2f} train {float(loss):.4f} val {measured:.4f} "
+                f"lr {options.lr * factor:.2e} {speed / 1e3:.0f}k tokens/s",
+                flush=True,
+            )
+            if now - shown > 120 and progress < 1.0:
+                keep()
+                shown = now
+    seconds += time.monotonic() - start
+    if options.checkpoint:
+        start = time.monotonic()
+        keep()
+
+    options.out.mkdir(parents=True, exist_ok=True)
+    export(model, shape, members, options.out)
+    final = AutoModelForCausalLM.from_pretrained(options.out, dtype=torch.bfloat16).to(device).eval()
+    record = {
+        "parameters": parameters,
+        "shape": shape,
+        "command": "train " + " ".join(map(_without_folder, options.arguments)),
+        "seed": options.seed,
+        "steps": step,
+        "tokens_seen": step * per_step,
+        "epochs": round(step / windows.per_epoch, 2),
+        "seconds": round(seconds, 1),
+        "device": torch.cuda.get_device_name() if cuda else platform.machine() + " CPU",
+        "torch": torch.__version__,
+        "schedule": {"peak_lr": options.lr, "warmup": options.warmup, "stable": options.stable},
+        "heldout": evaluate(final, val, shape["max_position_embeddings"], 16, lengths),
+        "baselines": baselines(tokens, val, meta["vocabulary"]),
+        "curve": curve,
+        "corpus": meta,
+        "samples": samples(final, members["tokenizer.json"]) if options.samples else [],
+    }
+    corpus.write_atomic(options.out / "training.json", (json.dumps(record, indent=1) + "\n").encode())
+    corpus.write_atomic(options.out / "README.md", card.render(record).encode())
+    print(
+        f"held-out, after the bf16 cast: perplexity {record['heldout']['perplexity']:.3f}, "
+        f"{record['heldout']['bits_per_byte']:.4f} bits per byte, "
+        f"over {record['heldout']['tokens']:,} tokens; "
+        f"bigram {record['baselines']['bigram']:.1f}, unigram {record['baselines']['unigram']:.1f}"
+    )
+    print(f"{time.monotonic() - began:.0f} s in all")
+    return record
+
+
+def _without_folder(argument: str) -> str:
+    return Path(argument).name if "/" in argument else argument
+
+
+def export(model, shape: dict, members: dict[str, bytes], out: Path) -> None:
+    """Write weights in bf16, configs and tokenizer as ``from_pretrained`` wants them."""
+    import torch
+    from safetensors.torch import save
+
+    # The head is the embedding: stored once.
+    state = {
+        name: tensor.detach().to("cpu", torch.bfloat16).contiguous()
+        for name, tensor in model.state_dict().items()
+        if name != "lm_head.weight"
+    }
+    corpus.write_atomic(out / "model.safetensors", save(state, metadata={"format": "pt"}))
+    settings = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "dtype": "bfloat16",
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "attention_dropout": 0.0,
+        "initializer_range": 0.02,
+        "use_cache": True,
+        **shape,
+    }
+    generation = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1}
+    for name, content in {"config.json": settings, "generation_config.json": generation}.items():
+        corpus.write_atomic(out / name, (json.dumps(content, indent=2) + "\n").encode())
+    for name, data in members.items():
+        corpus.write_atomic(out / name, data)
+
+
+def samples(model, tokenizer_json: bytes, length: int = 120) -> list[dict]:
+    """Continue each prompt once greedily and once at temperature 0.8."""
+    import tokenizers
+    import torch
+
+    bpe = tokenizers.Tokenizer.from_str(tokenizer_json.decode())
+    out = []
+    for prompt in PROMPTS:
+        start = torch.tensor([bpe.encode(prompt).ids], device=model.device)
+        for temperature in (0.0, 0.8):
+            torch.manual_seed(0)
+            how = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+            made = model.generate(
+                start, attention_mask=torch.ones_like(start), max_new_tokens=length, **how
+            )
+            text = bpe.decode(made[0].tolist(), skip_special_tokens=True)
+            out.append({"temperature": temperature, "prompt": prompt, "text": text})
+    return out
+
+
+# --- command line ------------------------------------------------------------------------------
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run one step from the command line."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = argparse.ArgumentParser(prog="train", description=__doc__.split("\n\n")[0])
+    steps = parser.add_subparsers(dest="step", required=True)
+    form = argparse.ArgumentDefaultsHelpFormatter
+
+    one = steps.add_parser("prepare", formatter_class=form, help="collect corpus and tokenizer")
+    one.add_argument("--corpus", type=Path, required=True, help="file to write")
+    one.add_argument(
+        "--packages-dir", type=Path, action="append", required=True,
+        help="site-packages folder to collect from; may be repeated",
+    )  # fmt: skip
+    one.add_argument("--texts", type=Path, help="folder for the packaged texts; none if left out")
+    one.add_argument("--text-bytes", type=int, default=500_000, help="size of each packaged text")
+    one.add_argument(
+        "--package-bytes", type=int, default=16_000_000, help="most text taken from one package"
+    )
+    one.add_argument("--vocabulary", type=int, default=4096, help="tokens of the tokenizer")
+    one.add_argument(
+        "--tokenizer-bytes", type=int, default=40_000_000, help="text the tokenizer learns from"
+    )
+
+    two = steps.add_parser("train", formatter_class=form, help="train, export, evaluate")
+    two.add_argument("--corpus", type=Path, required=True, help="file that prepare wrote")
+    two.add_argument("--out", type=Path, required=True, help="model folder to write")
+    two.add_argument("--steps", type=int, help="stop after this many steps")
+    two.add_argument("--tokens", type=int, help="stop after this many tokens, if no --steps")
+    two.add_argument("--time-limit", type=float, help="stop within this many seconds, all included")
+    two.add_argument("--reserve", type=float, default=30, help="seconds kept for export and evaluation")
+    two.add_argument("--batch", type=int, default=64, help="sequences per step")
+    two.add_argument("--context", type=int, default=2048, help="tokens per sequence")
+    two.add_argument("--lr", type=float, default=4e-3, help="peak learning rate")
+    two.add_argument("--weight-decay", type=float, default=0.1, help="decoupled, on matrices")
+    two.add_argument("--warmup", type=float, default=0.02, help="share of the run spent rising")
+    two.add_argument("--stable", type=float, default=0.2, help="share after which decay begins")
+    two.add_argument("--seed", type=int, default=0, help="initialisation and data order")
+    two.add_argument("--every", type=int, default=200, help="steps between progress lines")
+    two.add_argument("--checkpoint", type=Path, help="file to resume from and to save to")
+    two.add_argument("--no-compile", action="store_true", help="do not compile on CUDA")
+    two.add_argument("--no-samples", dest="samples", action="store_false", help="skip generation")
+    two.add_argument(
+        "--shape", type=json.loads, default={}, help="JSON of configuration values to override"
+    )
+
+    three = steps.add_parser("card", formatter_class=form, help="rewrite README.md from training.json")
+    three.add_argument("--out", type=Path, required=True, help="model folder")
+
+    options = parser.parse_args(arguments)
+    options.arguments = arguments[1:]
+    if options.step == "prepare":
+        prepare(options)
+    elif options.step == "train":
+        if not (options.steps or options.tokens or options.time_limit):
+            parser.error("train needs an end: --steps, --tokens or --time-limit")
+        train(options)
+    else:
+        record = json.loads((options.out / "training.json").read_text("utf-8"))
+        corpus.write_atomic(options.out / "README.md", card.render(record).encode())
+
+
+if __name__ == "__main__":
+    main()
