@@ -1,1 +1,63 @@
-"""gossamer: neural networks made sparse."""
+"""gossamer: neural networks made sparse.
+
+>>> import gossamer
+>>> model, tokenizer = gossamer.load("nano")
+>>> applied = gossamer.Wanda(sparsity=0.5, pattern="2:4").apply(model)
+>>> print(applied.report())  # doctest: +SKIP
+>>> applied.restore()
+
+Names load lazily; every method's class is here by name: ``gossamer.Wanda``, ``gossamer.TEAL``.
+"""
+
+from importlib import import_module
+from importlib.metadata import version
+from typing import Any
+
+__version__ = version("gossamer")
+
+_PUBLIC = {
+    "Budget": "gossamer.core",
+    "GossamerError": "gossamer.core",
+    "Pattern": "gossamer.core",
+    "Recipe": "gossamer.recipes.recipe",
+    "Selection": "gossamer.core",
+    "Tokens": "gossamer.models",
+    "compare": "gossamer.recipes.compare",
+    "find_sites": "gossamer.models",
+    "load": "gossamer.recipes.recipe",
+    "score": "gossamer.evaluate",
+    "speed": "gossamer.evaluate",
+}
+
+__all__ = ["__version__", "method", *_PUBLIC]
+
+
+def method(text: str, **values: Any) -> Any:
+    """A method by key: ``method("wanda", sparsity=0.5)`` or ``method("wanda:pattern=2:4")``.
+
+    Raises
+    ------
+    GossamerError
+        For an unknown method or field (offering the nearest), or a value out of range.
+    """
+    from gossamer.methods import make, split_text
+
+    key, *parts = split_text(text)
+    return make(key, **{**dict(part.split("=", 1) for part in parts), **values})
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(import_module(_PUBLIC[name]), name)
+    if not name.startswith("_"):
+        from gossamer.methods import by_class_name
+
+        if (found := by_class_name(name)) is not None:
+            return found
+    raise AttributeError(f"module 'gossamer' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    from gossamer.methods import get, keys
+
+    return sorted([*__all__, *(get(key).__name__ for key in keys())])

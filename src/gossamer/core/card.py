@@ -56,7 +56,7 @@ class Card:
     Parameters
     ----------
     title : the paper's title, exactly; that of the list of systems where it is one of them.
-    year : of first publication.
+    year : of first publication; None for a control without a paper.
     arxiv : identifier such as ``"2306.11695"``, or None.
     system : key in the list of systems, or None for a baseline outside it.
     family : one of :data:`FAMILIES`.
@@ -69,7 +69,7 @@ class Card:
     """
 
     title: str
-    year: int
+    year: int | None
     family: str
     when: When
     site: str

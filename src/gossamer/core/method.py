@@ -24,6 +24,8 @@ class Method(ABC):
 
     card: ClassVar[Card]
     needs: ClassVar[frozenset[Stat]] = frozenset()
+    example: ClassVar[Mapping[str, Any]] = {}
+    """Parameters that make the method cheap on a tiny model, for the conformance checks."""
     exempt: ClassVar[Mapping[str, str]] = {}
     """Conformance checks that do not apply, with the reason: ``{check: reason}``."""
 

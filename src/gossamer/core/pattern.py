@@ -1,126 +1,36 @@
 """Pattern: which shapes of sparsity are allowed, and the one function that selects.
 
 ``pattern.select(score, budget)`` is used wherever a score meets a budget: pruning, gating,
-eviction, codes. Decided here once, for everyone:
-
-- a count budget keeps exactly ``round((1 - sparsity) * n)`` entries of each group, never
-  ``score > threshold``, because ties would then change the count;
-- among equal scores the entry with the lower index is kept, so results are deterministic;
-- NaN is an error: a score that is not a number has no rank;
-- infinities rank as usual; protected entries rank above everything and count as kept;
-- nothing kept (sparsity 1) and everything kept (sparsity 0) are ordinary results.
+eviction, codes. How ties, rounding, NaN and protected entries are treated is decided once, in
+:mod:`gossamer.core.rank`; a pattern only says what competes with what.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from math import prod
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
 
 from gossamer.core.budget import Budget
 from gossamer.core.errors import GossamerError, unknown
+from gossamer.core.rank import check_scores, select_rows, topk_mask
+from gossamer.core.scores.attention import positional_window
 from gossamer.core.selection import Selection
 
-__all__ = ["NM", "Block", "Channels", "Pattern", "Unstructured", "Window", "parse_pattern", "topk_mask"]
-
-
-def check_scores(score: Tensor, name: str = "score") -> None:
-    """Refuse scores that have no order."""
-    # One pass over finite data: a sum is NaN when any term is, or when +inf meets -inf.
-    if torch.isnan(score.sum()) and bool(torch.isnan(score).any()):
-        bad = int(torch.isnan(score).sum())
-        raise GossamerError(
-            f"{name} holds {bad} NaN of {score.numel()} entries; NaN has no rank: "
-            "look for NaN in the weights or the calibration activations"
-        )
-
-
-def topk_mask(score: Tensor, keep: int) -> Tensor:
-    """Mask of the ``keep`` largest entries of each row, ties to the lower index.
-
-    Parameters
-    ----------
-    score : (R, C), no NaN.
-    keep : 0 <= keep <= C, exact for every row.
-
-    Returns
-    -------
-    bool, (R, C).
-    """
-    rows, columns = score.shape
-    if keep <= 0 or columns == 0:
-        return torch.zeros_like(score, dtype=torch.bool)
-    if keep >= columns:
-        return torch.ones_like(score, dtype=torch.bool)
-    # kthvalue counts from the smallest; it is cheaper than topk, which also sorts.
-    edge = score.kthvalue(columns - keep + 1, dim=1, keepdim=True).values
-    mask = score >= edge
-    surplus = mask.sum(1) - keep
-    tied = surplus.nonzero()[:, 0]
-    if len(tied):
-        equal = score[tied] == edge[tied]
-        room = equal.sum(1, keepdim=True) - surplus[tied, None]
-        mask[tied] &= ~equal | (equal.cumsum(1) <= room)
-    return mask
-
-
-def _mass_mask(score: Tensor, mass: float) -> Tensor:
-    """Fewest entries of each row whose scores reach a share of the row's sum."""
-    if bool((score < 0).any()):
-        raise GossamerError("a mass budget needs scores of at least 0; take probabilities or |score|")
-    order = torch.argsort(score, dim=1, descending=True, stable=True)
-    ranked = score.gather(1, order).double()
-    before = ranked.cumsum(1) - ranked
-    wanted = before < mass * ranked.sum(1, keepdim=True)
-    return torch.zeros_like(score, dtype=torch.bool).scatter_(1, order, wanted)
-
-
-def select_rows(score: Tensor, budget: Budget, protect: Tensor | None = None) -> Tensor:
-    """Apply a budget to each row of a matrix of scores; the core of every pattern.
-
-    Parameters
-    ----------
-    score : (R, C).
-    protect : bool, (R, C); entries that must be kept and count towards the budget.
-
-    Raises
-    ------
-    GossamerError
-        On NaN, or when more entries are protected than a count budget keeps.
-    """
-    check_scores(score)
-    if protect is not None:
-        if protect.shape != score.shape or protect.dtype != torch.bool:
-            raise GossamerError(
-                f"protect is a bool tensor of the score's shape {tuple(score.shape)}; "
-                f"got {protect.dtype} {tuple(protect.shape)}"
-            )
-        if budget.fixes_count:
-            keep, most = budget.count(score.shape[1]), int(protect.sum(1).max())
-            if most > keep:
-                raise GossamerError(
-                    f"{most} entries of a row are protected but the budget keeps {keep}; "
-                    "lower the sparsity or protect fewer"
-                )
-    if budget.fixes_count:
-        keep = budget.count(score.shape[1])
-        if protect is None:
-            return topk_mask(score, keep)
-        # Protected entries take their places first, so that a score of +inf cannot displace one.
-        need = keep - protect.sum(1)
-        order = torch.argsort(score.masked_fill(protect, -torch.inf), 1, descending=True, stable=True)
-        free = (~protect).gather(1, order)
-        taken = free & (free.cumsum(1) <= need[:, None])
-        return protect | torch.zeros_like(protect).scatter_(1, order, taken)
-    if budget.threshold is not None:
-        mask = score >= budget.threshold
-    else:
-        assert budget.mass is not None
-        mask = _mass_mask(score, budget.mass)
-    return mask if protect is None else mask | protect
+__all__ = [
+    "NM",
+    "Block",
+    "Channels",
+    "Pattern",
+    "Unstructured",
+    "Window",
+    "check_scores",
+    "parse_pattern",
+    "select_rows",
+    "topk_mask",
+]
 
 
 class Pattern(ABC):
@@ -138,12 +48,22 @@ class Pattern(ABC):
         Parameters
         ----------
         score : higher means keep; for weights (O, I) with groups along I.
-        budget : how much.
+        budget : how much; counts, thresholds and masses hold for each group.
         protect : bool, the score's shape; entries kept whatever their score.
+
+        Raises
+        ------
+        GossamerError
+            On NaN, a shape the pattern does not divide, or more protected than may be kept.
         """
 
+    @abstractmethod
+    def check_shape(self, shape: tuple[int, ...]) -> None:
+        """Raise ``GossamerError`` if a tensor of this shape cannot take the pattern."""
+
     def check(self, selection: Selection) -> None:
-        """Raise ``GossamerError`` if a selection does not have this shape."""
+        """Raise ``GossamerError`` if a selection does not have this pattern."""
+        self.check_shape(selection.shape)
 
 
 @dataclass(frozen=True)
@@ -152,8 +72,9 @@ class Unstructured(Pattern):
 
     Parameters
     ----------
-    per : the group in which scores compete. ``"model"`` selects from several layers at once
-        through :meth:`select_model`; on a single tensor it equals ``"layer"``.
+    per : the group in which scores compete. A row is an index of the first axis with all that
+        hangs on it. ``"model"`` selects from several layers at once through
+        :meth:`select_model`; on a single tensor it equals ``"layer"``.
     """
 
     per: Literal["row", "layer", "model"] = "row"
@@ -162,11 +83,16 @@ class Unstructured(Pattern):
         if self.per not in ("row", "layer", "model"):
             raise unknown("comparison group", self.per, ("row", "layer", "model"))
 
+    def check_shape(self, shape: tuple[int, ...]) -> None:
+        """Every shape is allowed."""
+
+    def _rows(self, tensor: Tensor) -> Tensor:
+        by_row = self.per == "row" and tensor.dim() > 1
+        return tensor.flatten(1) if by_row else tensor.reshape(1, -1)
+
     def select(self, score: Tensor, budget: Budget, protect: Tensor | None = None) -> Selection:
-        rows = score.shape[0] if self.per == "row" and score.dim() > 1 else 1
-        flat = score.reshape(rows, -1)
-        safe = None if protect is None else protect.reshape(rows, -1)
-        return Selection.from_mask(select_rows(flat, budget, safe).view(score.shape))
+        safe = None if protect is None else self._rows(protect)
+        return Selection.from_mask(select_rows(self._rows(score), budget, safe).view(score.shape))
 
     def select_model(self, scores: Mapping[str, Tensor], budget: Budget) -> dict[str, Selection]:
         """Select from all layers in one competition; the order of the mapping breaks ties.
@@ -175,10 +101,13 @@ class Unstructured(Pattern):
         ----------
         scores : layer name to scores of any shape, on one device.
         """
+        if not scores:
+            return {}
         for name, score in scores.items():
             check_scores(score, f"score of {name}")
-        flat = torch.cat([score.reshape(1, -1) for score in scores.values()], dim=1)
-        parts = select_rows(flat, budget)[0].split([score.numel() for score in scores.values()])
+        flat = torch.cat([score.reshape(-1) for score in scores.values()])
+        mask = select_rows(flat[None], budget, checked=True)[0]
+        parts = mask.split([score.numel() for score in scores.values()])
         return {
             name: Selection.from_mask(part.view(score.shape))
             for (name, score), part in zip(scores.items(), parts, strict=True)
@@ -211,48 +140,69 @@ class NM(Pattern):
     def fixed_sparsity(self) -> float:
         return 1.0 - self.keep / self.of
 
-    def _check_width(self, columns: int) -> None:
-        if columns % self.of:
+    def check_shape(self, shape: tuple[int, ...]) -> None:
+        columns = shape[-1] if shape else 0
+        if not columns or columns % self.of:
             raise GossamerError(
                 f"pattern {self} needs an input width divisible by {self.of}; got {columns}: "
                 "choose another pattern or skip this layer"
+            )
+
+    def _check_budget(self, budget: Budget | None) -> None:
+        if budget is None or budget.keep == self.keep:
+            return
+        if budget.sparsity is None or abs(budget.sparsity - self.fixed_sparsity) > 1e-6:
+            raise GossamerError(
+                f"pattern {self} fixes the sparsity at {self.fixed_sparsity:g}; "
+                "leave the sparsity out or choose another pattern"
             )
 
     def select(
         self, score: Tensor, budget: Budget | None = None, protect: Tensor | None = None
     ) -> Selection:
         """Keep the best of each group; a budget that says something else is an error."""
-        self._check_width(score.shape[-1])
-        if budget is not None:
-            wanted = budget.count(self.of) if budget.fixes_count else None
-            if wanted != self.keep:
-                raise GossamerError(
-                    f"pattern {self} fixes the sparsity at {self.fixed_sparsity:g}; "
-                    "leave the sparsity out or choose another pattern"
-                )
+        self.check_shape(tuple(score.shape))
+        self._check_budget(budget)
         groups = score.reshape(-1, self.of)
-        safe = None if protect is None else protect.reshape(-1, self.of)
-        if safe is None and hasattr(torch.ops.gossamer, "nm_mask"):
-            check_scores(score)
-            mask = torch.ops.gossamer.nm_mask(groups, self.keep)
+        kernel = _nm_kernel()
+        if protect is None and kernel is not None:
+            mask = kernel(groups, self.keep)  # Looks for NaN in the same pass over the scores.
         else:
+            safe = None if protect is None else protect.reshape(-1, self.of)
             mask = select_rows(groups, Budget(keep=self.keep), safe)
-        return Selection.from_mask(mask.view(score.shape))
+        return Selection.from_mask(mask.view(score.shape), kept=len(groups) * self.keep)
 
     def check(self, selection: Selection) -> None:
-        self._check_width(selection.shape[-1])
+        self.check_shape(selection.shape)
         counts = selection.mask().reshape(-1, self.of).sum(1)
-        wrong = int((counts != self.keep).sum())
-        if wrong:
-            raise GossamerError(f"{wrong} of {len(counts)} groups do not keep {self.keep} of {self.of}")
+        if wrong := int((counts != self.keep).sum()):
+            raise GossamerError(
+                f"{wrong} of {len(counts)} groups do not keep {self.keep} of {self.of}"
+            )
 
     def __str__(self) -> str:
         return f"{self.keep}:{self.of}"
 
 
+def _nm_kernel() -> Callable[[Tensor, int], Tensor] | None:
+    # Looked up by name because core imports no kernels; gossamer.kernels registers it.
+    operator: object = getattr(torch.ops.gossamer, "nm_mask", None)
+    return cast(Callable[[Tensor, int], Tensor] | None, operator)
+
+
+def _sum(score: Tensor, dim: int | tuple[int, ...]) -> Tensor:
+    """Sum in at least float32: the rounding of half precision would create ties."""
+    small = score.is_floating_point() and score.element_size() < 4
+    return score.sum(dim, dtype=torch.float32 if small else None)
+
+
 @dataclass(frozen=True)
 class Block(Pattern):
-    """Whole tiles of ``high`` x ``wide`` stay or go; a tile's score is the sum of its entries."""
+    """Whole tiles of ``high`` x ``wide`` stay or go; a tile's score is the sum of its entries.
+
+    All tiles of the matrix compete. A ``keep`` budget counts tiles; a threshold is compared
+    with their sums. A tile with a protected entry is protected.
+    """
 
     high: int = 16
     wide: int = 16
@@ -261,7 +211,7 @@ class Block(Pattern):
         if self.high < 1 or self.wide < 1:
             raise GossamerError(f"pattern {self} needs blocks of at least 1x1")
 
-    def _check_shape(self, shape: tuple[int, ...]) -> None:
+    def check_shape(self, shape: tuple[int, ...]) -> None:
         if len(shape) != 2 or shape[0] % self.high or shape[1] % self.wide:
             raise GossamerError(
                 f"pattern {self} needs a matrix whose sides are divisible by {self.high} and "
@@ -273,15 +223,15 @@ class Block(Pattern):
         return tensor.reshape(rows // self.high, self.high, columns // self.wide, self.wide)
 
     def select(self, score: Tensor, budget: Budget, protect: Tensor | None = None) -> Selection:
-        self._check_shape(tuple(score.shape))
-        tiles = self._grid(score).sum((1, 3))
+        self.check_shape(tuple(score.shape))
+        tiles = _sum(self._grid(score), (1, 3))
         safe = None if protect is None else self._grid(protect).any(3).any(1).reshape(1, -1)
         kept = select_rows(tiles.reshape(1, -1), budget, safe).view(tiles.shape)
         rows, columns = score.shape
         return Selection.from_blocks(kept, (self.high, self.wide), (rows, columns))
 
     def check(self, selection: Selection) -> None:
-        self._check_shape(selection.shape)
+        self.check_shape(selection.shape)
         selection.blocks((self.high, self.wide))
 
     def __str__(self) -> str:
@@ -290,7 +240,10 @@ class Block(Pattern):
 
 @dataclass(frozen=True)
 class Channels(Pattern):
-    """Whole rows (``axis="out"``) or columns (``axis="in"``) stay or go, by summed score."""
+    """Whole rows (``axis="out"``) or columns (``axis="in"``) stay or go, by summed score.
+
+    A ``keep`` budget counts channels. A channel with a protected entry is protected.
+    """
 
     axis: Literal["out", "in"] = "in"
 
@@ -298,19 +251,24 @@ class Channels(Pattern):
         if self.axis not in ("out", "in"):
             raise unknown("channel axis", self.axis, ("out", "in"))
 
+    def check_shape(self, shape: tuple[int, ...]) -> None:
+        if len(shape) != 2:
+            raise GossamerError(f"pattern {self} needs a matrix; got shape {shape}")
+
+    @property
+    def _across(self) -> int:
+        return 1 if self.axis == "out" else 0
+
     def select(self, score: Tensor, budget: Budget, protect: Tensor | None = None) -> Selection:
-        if score.dim() != 2:
-            raise GossamerError(f"pattern {self} needs a matrix; got shape {tuple(score.shape)}")
-        across = 1 if self.axis == "out" else 0
-        safe = None if protect is None else protect.any(across)[None]
-        kept = select_rows(score.sum(across)[None], budget, safe)[0]
-        mask = kept[:, None] if self.axis == "out" else kept[None, :]
-        return Selection.from_mask(mask.expand(score.shape).contiguous())
+        self.check_shape(tuple(score.shape))
+        safe = None if protect is None else protect.any(self._across)[None]
+        kept = select_rows(_sum(score, self._across)[None], budget, safe)[0]
+        return Selection.from_mask(kept.unsqueeze(self._across).expand(score.shape).contiguous())
 
     def check(self, selection: Selection) -> None:
+        self.check_shape(selection.shape)
         mask = selection.mask()
-        across = 1 if self.axis == "out" else 0
-        if not bool(torch.equal(mask.all(across), mask.any(across))):
+        if not torch.equal(mask.all(self._across), mask.any(self._across)):
             raise GossamerError(f"some {self.axis} channels are kept in part")
 
     def __str__(self) -> str:
@@ -332,7 +290,8 @@ class Window(Pattern):
     def __post_init__(self) -> None:
         if self.sink < 0 or self.recent < 1:
             raise GossamerError(
-                f"a window needs sink >= 0 and recent >= 1; got sink {self.sink}, recent {self.recent}"
+                f"a window needs sink >= 0 and recent >= 1; "
+                f"got sink {self.sink}, recent {self.recent}"
             )
 
     def kept_pairs(self, length: int) -> int:
@@ -341,7 +300,7 @@ class Window(Pattern):
         return span * (span + 1) // 2 + (length - span) * (self.sink + self.recent)
 
     def sparsity_at(self, length: int) -> float:
-        """Share of the causal pairs removed at a sequence length."""
+        """Share of the causal pairs removed at a sequence length of at least 1."""
         return 1.0 - self.kept_pairs(length) / (length * (length + 1) // 2)
 
     @classmethod
@@ -361,26 +320,46 @@ class Window(Pattern):
                 high = middle - 1
         return cls(sink, low)
 
+    def check_shape(self, shape: tuple[int, ...]) -> None:
+        if len(shape) != 2 or shape[0] > shape[1]:
+            raise GossamerError(
+                f"a window needs a (queries, keys) map with queries <= keys; got {shape}"
+            )
+
     def select(
         self, score: Tensor, budget: Budget | None = None, protect: Tensor | None = None
     ) -> Selection:
         """Keep by position; the score gives only the shape (Q, K), queries at the end of keys."""
-        from gossamer.core.scores.attention import positional_window
-
-        queries, keys = score.shape[-2:]
-        if len(score.shape) != 2 or queries > keys:
-            raise GossamerError(f"a window needs a (queries, keys) map; got {tuple(score.shape)}")
+        self.check_shape(tuple(score.shape))
         if budget is not None:
             raise GossamerError(f"pattern {self} fixes what is kept; leave the budget out")
-        at = torch.arange(keys, device=score.device)
-        mask = positional_window(at[keys - queries :], at, self.sink, self.recent)
+        mask = self._mask(score.shape[0], score.shape[1], score.device)
         return Selection.from_mask(mask if protect is None else mask | protect)
+
+    def _mask(self, queries: int, keys: int, device: torch.device) -> Tensor:
+        at = torch.arange(keys, device=device)
+        return positional_window(at[keys - queries :], at, self.sink, self.recent)
+
+    def check(self, selection: Selection) -> None:
+        self.check_shape(selection.shape)
+        mask = selection.mask()
+        if missing := int((self._mask(*mask.shape, mask.device) & ~mask).sum()):
+            raise GossamerError(f"{missing} pairs inside pattern {self} are removed")
 
     def __str__(self) -> str:
         return f"window:{self.sink}+{self.recent}"
 
 
-_FORMS = ("row", "layer", "model", "N:M as 2:4", "block:HxW", "channels:in", "channels:out", "window:SINK+RECENT")
+_FORMS = (
+    "row",
+    "layer",
+    "model",
+    "N:M as 2:4",
+    "block:HxW",
+    "channels:in",
+    "channels:out",
+    "window:SINK+RECENT",
+)
 
 
 def parse_pattern(text: str) -> Pattern:
@@ -395,29 +374,20 @@ def parse_pattern(text: str) -> Pattern:
         For anything else than the forms above.
     """
     word = text.strip()
+    head, _, tail = word.partition(":")
     try:
         if word in ("row", "layer", "model"):
             return Unstructured(per=word)
-        head, colon, tail = word.partition(":")
-        if colon and head.isdigit() and tail.isdigit():
-            return NM(int(head), int(tail))
+        if word in ("channels:in", "channels:out"):
+            return Channels(axis="in" if tail == "in" else "out")
         if head == "block":
             high, wide = tail.split("x")
             return Block(int(high), int(wide))
-        if head == "channels" and tail in ("in", "out"):
-            return Channels(axis=tail)
         if head == "window":
             sink, recent = tail.split("+")
             return Window(int(sink), int(recent))
+        return NM(int(head), int(tail))
     except GossamerError:
         raise
     except ValueError:
-        pass
-    raise unknown("pattern", text, _FORMS)
-
-
-def group_count(pattern: Pattern, shape: tuple[int, ...]) -> int:
-    """In how many groups of a tensor the pattern applies its budget separately."""
-    if isinstance(pattern, NM):
-        return prod(shape) // pattern.of
-    return shape[0] if isinstance(pattern, Unstructured) and pattern.per == "row" else 1
+        raise unknown("pattern", text, _FORMS) from None

@@ -74,11 +74,17 @@ class Selection:
     # -- making ----------------------------------------------------------------------------
 
     @classmethod
-    def from_mask(cls, mask: Tensor) -> "Selection":
-        """From a bool tensor, True where kept."""
+    def from_mask(cls, mask: Tensor, kept: int | None = None) -> "Selection":
+        """From a bool tensor, True where kept.
+
+        Parameters
+        ----------
+        kept : number of True entries, for a caller that knows it; counted when left out.
+        """
         if mask.dtype != torch.bool:
             raise GossamerError(f"a mask is of dtype bool; got {mask.dtype}")
-        return cls(tuple(mask.shape), int(torch.count_nonzero(mask)), _mask=mask)
+        count = int(torch.count_nonzero(mask)) if kept is None else kept
+        return cls(tuple(mask.shape), count, _mask=mask)
 
     @classmethod
     def from_indices(cls, indptr: Tensor, indices: Tensor, shape: tuple[int, int]) -> "Selection":

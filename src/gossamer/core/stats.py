@@ -7,6 +7,7 @@ does not depend on the batch size (beyond rounding). Shapes: T = valid tokens, I
 import math
 from abc import ABC, abstractmethod
 from enum import Enum
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,6 +64,10 @@ class Accumulator(ABC):
 
     @abstractmethod
     def _add(self, rows: Tensor) -> None: ...
+
+    @abstractmethod
+    def value(self) -> Any:
+        """The statistic of all rows seen."""
 
     @property
     def nbytes(self) -> int:

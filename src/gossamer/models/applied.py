@@ -131,12 +131,12 @@ class Applied(ABC):
     def report(self) -> Report:
         """What was removed, site by site."""
 
-    def weight_bytes_limit(self) -> int | None:
-        """Weight bytes a kernel that skips what was removed must still read per decoded token.
+    def weight_bytes_saved(self) -> int:
+        """Weight bytes per decoded token that a kernel which skips what was removed need not read.
 
-        None when the method removes no weight traffic.
+        Counts what such a kernel must read instead (masks, indices); never negative.
         """
-        return None
+        return 0
 
     def save(self, folder: str | Path, tokenizer: Any = None) -> Path:
         """Write the model with this method: see :func:`gossamer.models.store.save`."""

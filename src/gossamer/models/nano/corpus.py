@@ -29,10 +29,10 @@ CALIBRATION = (
 )  # fmt: skip
 """Training distributions whose files form the packaged calibration text."""
 
-_PERMISSIVE = frozenset(
-    "MIT MIT-CMU BSD-2-CLAUSE BSD-3-CLAUSE 0BSD APACHE-2.0 PSF-2.0 PYTHON-2.0 ISC ZLIB CC0-1.0 "
-    "BSL-1.0 LLVM-EXCEPTION UNLICENSE HPND".split()
-)
+_PERMISSIVE = {
+    *("MIT", "MIT-CMU", "BSD-2-CLAUSE", "BSD-3-CLAUSE", "0BSD", "APACHE-2.0", "PSF-2.0"),
+    *("PYTHON-2.0", "ISC", "ZLIB", "CC0-1.0", "BSL-1.0", "LLVM-EXCEPTION", "UNLICENSE", "HPND"),
+}
 _CLASSIFIERS = {
     "MIT License": "MIT",
     "BSD License": "BSD",
@@ -42,7 +42,10 @@ _CLASSIFIERS = {
 }
 _FREE_TEXT = (
     (re.compile(r"(the )?mit( license)?", re.I), "MIT"),
-    (re.compile(r"(new |modified )?(3[- ]clause )?bsd([- ]?[23][- ]clause)?( license)?", re.I), "BSD"),
+    (
+        re.compile(r"(new |modified )?(3[- ]clause )?bsd([- ]?[23][- ]clause)?( license)?", re.I),
+        "BSD",
+    ),
     (re.compile(r"apache([- ](license,? )?(version )?2(\.0)?)?( license)?", re.I), "Apache-2.0"),
     (re.compile(r"psf(-2\.0)?", re.I), "PSF-2.0"),
     (re.compile(r"isc( license)?", re.I), "ISC"),
@@ -53,10 +56,12 @@ _VENDORED = re.compile(
     r"|_distutils|blib2to3|lib2to3)$"
 )
 _OTHER_LICENCE = re.compile(
-    r"General Public License|Mozilla Public|\bL?GPL|\bMPL\b|Creative Commons|CC[ -]BY|proprietary", re.I
+    r"General Public License|Mozilla Public|\bL?GPL|\bMPL\b|Creative Commons|CC[ -]BY|proprietary",
+    re.I,
 )
 _GENERATED = re.compile(
-    r"auto(matically)?[- ]?generated|generated (by|from)|do not edit|@generated|machine[- ]generated", re.I
+    r"(auto(matically)?|machine)[- ]?generated|generated (by|from)|do not edit|@generated",
+    re.I,
 )
 _LICENCE_FILE = re.compile(r"(licen[sc]e|notice|copying|authors)", re.I)
 
@@ -105,7 +110,9 @@ def permissive_licence(metadata: importlib.metadata.PackageMetadata) -> str | No
     expression = metadata.get("License-Expression")
     if expression:
         choices = [re.split(r"\s+(?:AND|WITH)\s+", part) for part in expression.split(" OR ")]
-        fine = any(all(term.strip("() ").upper() in _PERMISSIVE for term in part) for part in choices)
+        fine = any(
+            all(term.strip("() ").upper() in _PERMISSIVE for term in part) for part in choices
+        )
         return expression if fine else None
     stated = [
         line.split("::")[-1].strip()
@@ -159,8 +166,8 @@ def collect(folders: Iterable[Path], most: int = 16_000_000) -> list[Package]:
     Returns
     -------
     list of Package
-        Held-out distributions first, then by name. A training file that repeats a third of a
-        held-out file's long lines is dropped, as is any exact copy of an earlier file.
+        Held-out distributions first, then by name. A training file of which a third of the long
+        lines also stand in held-out files is dropped, as is any exact copy of an earlier file.
     """
     found: dict[str, importlib.metadata.Distribution] = {}
     for folder in folders:
@@ -251,7 +258,9 @@ def licences(texts: dict[str, list[Package]]) -> bytes:
     parts = ["Sources of the packaged texts, and their licences.\n"]
     packages = {one.name: one for used in texts.values() for one in used}
     for name, used in texts.items():
-        rows = [f"  {one.name} {one.version} ({one.licence}), {len(one.files)} files" for one in used]
+        rows = [
+            f"  {one.name} {one.version} ({one.licence}), {len(one.files)} files" for one in used
+        ]
         parts.append("\n".join([f"{name}.txt.gz holds unchanged files of:", *rows]) + "\n")
     bodies: dict[str, list[str]] = {}
     for one in packages.values():

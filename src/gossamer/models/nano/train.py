@@ -43,8 +43,8 @@ SHAPE = {
 }
 PROMPTS = (
     "import numpy as np\n\n\ndef softmax(x",
-    "class Stack:\n",
-    "import unittest\n\n\nclass TestQueue(unittest.TestCase):\n    def test_",
+    "class Stack:\n    def __init__(self",
+    "from pathlib import Path\n\n\ndef read_lines(path",
 )
 
 
@@ -376,7 +376,7 @@ def train(options: argparse.Namespace) -> dict:
                 f"lr {options.lr * factor:.2e} {speed / 1e3:.0f}k tokens/s",
                 flush=True,
             )
-            if now - shown > 120 and progress < 1.0:
+            if now - shown >= options.save_every and progress < 1.0:
                 keep()
                 shown = now
     seconds += time.monotonic() - start
@@ -386,7 +386,9 @@ def train(options: argparse.Namespace) -> dict:
 
     options.out.mkdir(parents=True, exist_ok=True)
     export(model, shape, members, options.out)
-    final = AutoModelForCausalLM.from_pretrained(options.out, dtype=torch.bfloat16).to(device).eval()
+    final = (
+        AutoModelForCausalLM.from_pretrained(options.out, dtype=torch.bfloat16).to(device).eval()
+    )
     record = {
         "parameters": parameters,
         "shape": shape,
@@ -405,7 +407,7 @@ def train(options: argparse.Namespace) -> dict:
         "corpus": meta,
         "samples": samples(final, members["tokenizer.json"]) if options.samples else [],
     }
-    corpus.write_atomic(options.out / "training.json", (json.dumps(record, indent=1) + "\n").encode())
+    store(record, options.out)
     corpus.write_atomic(options.out / "README.md", card.render(record).encode())
     print(
         f"held-out, after the bf16 cast: perplexity {record['heldout']['perplexity']:.3f}, "
@@ -463,13 +465,34 @@ def samples(model, tokenizer_json: bytes, length: int = 120) -> list[dict]:
         start = torch.tensor([bpe.encode(prompt).ids], device=model.device)
         for temperature in (0.0, 0.8):
             torch.manual_seed(0)
-            how = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+            how = (
+                {"do_sample": True, "temperature": temperature}
+                if temperature
+                else {"do_sample": False}
+            )
             made = model.generate(
                 start, attention_mask=torch.ones_like(start), max_new_tokens=length, **how
             )
             text = bpe.decode(made[0].tolist(), skip_special_tokens=True)
             out.append({"temperature": temperature, "prompt": prompt, "text": text})
     return out
+
+
+def write_card(options: argparse.Namespace) -> None:
+    """Write README.md from training.json, after renewing its samples if asked."""
+    record = json.loads((options.out / "training.json").read_text("utf-8"))
+    if options.samples:
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(options.out).eval()
+        record["samples"] = samples(model, (options.out / "tokenizer.json").read_bytes())
+        store(record, options.out)
+    corpus.write_atomic(options.out / "README.md", card.render(record).encode())
+
+
+def store(record: dict, out: Path) -> None:
+    """Write the record of a run."""
+    corpus.write_atomic(out / "training.json", (json.dumps(record, indent=1) + "\n").encode())
 
 
 # --- command line ------------------------------------------------------------------------------
@@ -504,24 +527,30 @@ def main(arguments: list[str] | None = None) -> None:
     two.add_argument("--steps", type=int, help="stop after this many steps")
     two.add_argument("--tokens", type=int, help="stop after this many tokens, if no --steps")
     two.add_argument("--time-limit", type=float, help="stop within this many seconds, all included")
-    two.add_argument("--reserve", type=float, default=30, help="seconds kept for export and evaluation")
-    two.add_argument("--batch", type=int, default=64, help="sequences per step")
+    two.add_argument(
+        "--reserve", type=float, default=30, help="seconds kept for export and evaluation"
+    )
+    two.add_argument("--batch", type=int, default=48, help="sequences per step")
     two.add_argument("--context", type=int, default=2048, help="tokens per sequence")
-    two.add_argument("--lr", type=float, default=4e-3, help="peak learning rate")
+    two.add_argument("--lr", type=float, default=5e-3, help="peak learning rate")
     two.add_argument("--weight-decay", type=float, default=0.1, help="decoupled, on matrices")
     two.add_argument("--warmup", type=float, default=0.02, help="share of the run spent rising")
     two.add_argument("--stable", type=float, default=0.2, help="share after which decay begins")
     two.add_argument("--seed", type=int, default=0, help="initialisation and data order")
     two.add_argument("--every", type=int, default=200, help="steps between progress lines")
     two.add_argument("--checkpoint", type=Path, help="file to resume from and to save to")
+    two.add_argument("--save-every", type=float, default=120, help="seconds between checkpoints")
     two.add_argument("--no-compile", action="store_true", help="do not compile on CUDA")
     two.add_argument("--no-samples", dest="samples", action="store_false", help="skip generation")
     two.add_argument(
         "--shape", type=json.loads, default={}, help="JSON of configuration values to override"
     )
 
-    three = steps.add_parser("card", formatter_class=form, help="rewrite README.md from training.json")
+    three = steps.add_parser(
+        "card", formatter_class=form, help="rewrite README.md from training.json"
+    )
     three.add_argument("--out", type=Path, required=True, help="model folder")
+    three.add_argument("--samples", action="store_true", help="generate the samples again first")
 
     options = parser.parse_args(arguments)
     options.arguments = arguments[1:]
@@ -532,8 +561,7 @@ def main(arguments: list[str] | None = None) -> None:
             parser.error("train needs an end: --steps, --tokens or --time-limit")
         train(options)
     else:
-        record = json.loads((options.out / "training.json").read_text("utf-8"))
-        corpus.write_atomic(options.out / "README.md", card.render(record).encode())
+        write_card(options)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,80 @@
+"""``gossamer``: the command line's root, and how it ends.
+
+Exit status 0 on success, 1 when a claim fails, 2 on input a user can mend (one line says how),
+130 when interrupted.
+"""
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+
+from cyclopts import App, CycloptsError
+
+from gossamer import __version__
+from gossamer.core import GossamerError, nearest
+
+__all__ = ["app", "main"]
+
+app = App(
+    name="gossamer",
+    help="Make neural networks sparse: choose a method, measure what it costs, take it away.",
+    version=__version__,
+    help_format="markdown",
+)
+app.command("gossamer.cli.catalogue:methods")
+app.command("gossamer.cli.sparsify:sparsify")
+app.command("gossamer.cli.compare:compare")
+app.command("gossamer.cli.evaluate:evaluate")
+app.command("gossamer.cli.claim:claim")
+app.command("gossamer.cli.recipe:app", name="recipe")
+app.command("gossamer.cli.report:report")
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())
+
+
+def _advice(error: CycloptsError, words: Sequence[str]) -> str:
+    """A parse error in one line, with the nearest command for a misspelt one."""
+    text = _line(error)
+    names = [name for name in app if not name.startswith("-")]
+    if words and not words[0].startswith("-") and words[0] not in names:
+        close = nearest(words[0], names)
+        hint = f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(names)}"
+        return f"unknown command {words[0]!r}; {hint}"
+    return f"{text}; see gossamer --help" if not text.endswith(".") else f"{text} See gossamer --help"
+
+
+def _quiet() -> None:
+    """Only our own lines: libraries' notices are for developers."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status."""
+    words = list(sys.argv[1:] if words is None else words)
+    _quiet()
+    try:
+        result = app(words, exit_on_error=False, print_error=False, result_action="return_value")
+    except CycloptsError as error:
+        print(f"gossamer: {_advice(error, words)}", file=sys.stderr)
+        return 2
+    except GossamerError as error:
+        print(f"gossamer: {_line(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ngossamer: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of a pipe went away; point stdout elsewhere so that exiting stays quiet.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return result if isinstance(result, int) and not isinstance(result, bool) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

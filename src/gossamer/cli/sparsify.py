@@ -1,0 +1,107 @@
+"""``gossamer sparsify``: apply one method to a model and take the result away."""
+
+from dataclasses import fields as fields_of
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import Parameter
+
+from gossamer import methods
+from gossamer.cli.show import bar, console, print_json
+from gossamer.core import GossamerError
+from gossamer.models import Tokens, read_documents
+from gossamer.recipes.recipe import load
+
+__all__ = ["calibration_tokens", "sparsify"]
+
+
+def calibration_tokens(
+    model: Any, tokenizer: Any, data: str | None, samples: int, length: int, seed: int
+) -> Tokens:
+    """Calibration windows from a file, or from the packaged text."""
+    context = getattr(model.config, "max_position_embeddings", length)
+    return Tokens.from_documents(
+        read_documents(data, "calibration"),
+        tokenizer,
+        length=min(length, context),
+        samples=samples,
+        seed=seed,
+    )
+
+
+def sparsify(
+    model: str,
+    method: str,
+    *,
+    sparsity: float | None = None,
+    pattern: str | None = None,
+    data: str | None = None,
+    out: str | None = None,
+    samples: int = 64,
+    length: int = 1024,
+    seed: int = 0,
+    dtype: str | None = None,
+    device: str = "cpu",
+    allow_pickle: Annotated[bool, Parameter(negative=())] = False,
+    json: Annotated[bool, Parameter(negative=())] = False,
+    **fields: str,
+) -> None:
+    """Apply one method to a model, report what it did, and save the result.
+
+    Parameters
+    ----------
+    model
+        nano (packaged), a folder, or a hub id.
+    method
+        Key of a method, see gossamer methods.
+    sparsity
+        Fraction removed, 0 up to but not including 1.
+    pattern
+        Allowed shape: row, layer, model, 2:4, block:16x16, channels:in ...
+    data
+        Calibration text: a text, JSONL or parquet file. Without it the packaged text.
+    out
+        Folder to save to; it must be new or empty. Without it nothing is saved.
+    samples
+        Calibration windows.
+    length
+        Tokens per calibration window.
+    seed
+        Draws the calibration windows, and the method's own randomness.
+    dtype
+        float32, bfloat16 or float16; by default float32 on CPU, bfloat16 on GPU.
+    device
+        cpu or cuda.
+    allow_pickle
+        Read a model that has only .bin weights (as tensors only, no code).
+    json
+        Print the report as JSON.
+    fields
+        The method's own parameters, such as --allocation erk or --sink 8.
+    """
+    made = _make(method, {"sparsity": sparsity, "pattern": pattern, **fields}, seed)
+    if out is not None and Path(out).exists() and any(Path(out).iterdir()):
+        raise GossamerError(f"{out} exists and is not empty; name a new folder")
+    loaded = load(model, dtype=dtype, device=device, allow_pickle=allow_pickle)
+    with bar(f"{made.key()} on {model}", quiet=json) as progress:
+        tokens = calibration_tokens(loaded.model, loaded.tokenizer, data, samples, length, seed)
+        options = {"undo": False} if made.card.family == "weights" else {}
+        applied = made.apply(loaded.model, tokens, progress=progress, **options)
+    report = applied.report()
+    folder = None if out is None else str(applied.save(out, loaded.tokenizer))
+    if json:
+        print_json({**report.to_dict(), "saved": folder})
+        return
+    console.print(str(report), markup=False, highlight=False, soft_wrap=True)
+    if folder is not None:
+        console.print(f"saved to {folder}", markup=False, highlight=False)
+
+
+def _make(text: str, options: dict[str, Any], seed: int) -> Any:
+    """The method with the options as its fields; what it does not have is an error."""
+    key, *parts = methods.split_text(text)
+    values: dict[str, Any] = dict(part.split("=", 1) for part in parts)
+    values |= {k.replace("-", "_"): v for k, v in options.items() if v is not None}
+    if "seed" in {field.name for field in fields_of(methods.get(key))}:
+        values.setdefault("seed", seed)
+    return methods.make(key, **values)

@@ -1,0 +1,163 @@
+"""Which keys each query reads: the one thing every selector makes and every executor runs.
+
+Two forms. A :class:`WindowIndex` is symbolic, two numbers over a layout. A :class:`BlockIndex`
+is a CSR list of key blocks for every query block, per batch row and key-value head. Blocks of
+1 x 1 are plain token lists.
+Shapes: B = batch, G = key-value heads (either is 1 where all agree), Q = queries, K = keys.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gossamer.core import GossamerError
+from gossamer.core.scores.attention import positional_window
+from gossamer.methods.attention.layout import Layout
+
+__all__ = ["BlockIndex", "KeyIndex", "WindowIndex", "pairs_in_window"]
+
+
+class KeyIndex(ABC):
+    """The kept (query, key) pairs of one attention call; always inside the model's own mask."""
+
+    layout: Layout
+
+    @abstractmethod
+    def mask(self) -> Tensor:
+        """As bool (B, G, Q, K): the definition. Costs Q * K."""
+
+    @property
+    def whole(self) -> bool:
+        """Nothing is removed, known without counting."""
+        return False
+
+    def pairs(self) -> tuple[int, int]:
+        """Pairs kept, and pairs the model itself lets through, over all rows and heads alike."""
+        kept, own = self.mask(), self.layout.mask()
+        rows, heads = max(len(kept), len(own)), kept.shape[1]
+        return (
+            int(kept.sum()) * (rows // len(kept)),
+            int(own.sum()) * (rows // len(own)) * heads,
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class WindowIndex(KeyIndex):
+    """Each query keeps the first ``sink`` real tokens of its sequence and the latest ``recent``.
+
+    A key after its query that the model itself shows (inside an image, for one) is kept.
+    """
+
+    layout: Layout
+    sink: int
+    recent: int
+
+    @property
+    def whole(self) -> bool:
+        layout = self.layout
+        last = layout.query_offset + layout.queries if layout.regular else layout.known
+        return last <= self.sink + self.recent
+
+    def keeps(self, query: Tensor, key: Tensor) -> Tensor:
+        """Whether pairs of absolute indices are kept; shapes as in :meth:`Layout.sees`."""
+        layout = self.layout
+        row = torch.arange(len(layout.position), device=layout.device).view(-1, 1, 1, 1)
+        at, of = layout.position[row, query], layout.position[row, key]
+        inside = ((at - of) < self.recent) | (of < self.sink)
+        return layout.sees(query, key) & (at >= 0) & (of >= 0) & inside
+
+    def mask(self) -> Tensor:
+        name = ("window", self.sink, self.recent)
+        memo = self.layout.memo
+        if name not in memo:
+            layout = self.layout
+            query, key = layout.query_index, layout.key_index
+            at, of = layout.position[:, query], layout.position[:, key]
+            inside = positional_window(at, of, self.sink, self.recent)
+            ahead = (of[:, None, :] > at[:, :, None]) & (at[:, :, None] >= 0)
+            memo[name] = layout.mask() & (inside | ahead)[:, None]
+        return memo[name]
+
+
+@dataclass(frozen=True, eq=False)
+class BlockIndex(KeyIndex):
+    """Key blocks to read for every query block, in CSR per batch row and key-value head.
+
+    Inside a listed block the model's own mask still applies, so a block on the diagonal is
+    read in part. ``indptr`` and ``indices`` are what block-sparse kernels take.
+
+    Parameters
+    ----------
+    block : (h, w), queries and keys of a block; blocks start at the call's first query and key.
+    indptr : int64, (B, G, ceil(Q / h) + 1), offsets into ``indices``, running over all rows.
+    indices : int64, key blocks, ascending within a query block.
+    """
+
+    layout: Layout
+    block: tuple[int, int]
+    indptr: Tensor
+    indices: Tensor
+
+    def __post_init__(self) -> None:
+        rows = -(-self.layout.queries // self.block[0])
+        columns = -(-self.layout.keys // self.block[1])
+        if self.indptr.dim() != 3 or self.indptr.shape[2] != rows + 1:
+            raise GossamerError(
+                f"indptr of {rows} query blocks is (batch, heads, {rows + 1}); "
+                f"got {tuple(self.indptr.shape)}"
+            )
+        if len(self.indices) and not 0 <= int(self.indices.min()) <= int(self.indices.max()) < columns:
+            raise GossamerError(f"a key block lies outside the {columns} blocks of {self.layout.keys} keys")
+
+    @classmethod
+    def from_blocks(cls, layout: Layout, kept: Tensor, block: tuple[int, int]) -> "BlockIndex":
+        """From a bool map (B, G, query blocks, key blocks), True where the block is read."""
+        counts = kept.sum(-1)
+        ends = counts.flatten().cumsum(0)
+        starts = torch.cat([ends.new_zeros(1), ends[:-1]]).view(counts.shape)
+        indptr = torch.cat([starts, ends.view(counts.shape)[..., -1:]], dim=-1)
+        return cls(layout, block, indptr, kept.nonzero()[:, -1])
+
+    @classmethod
+    def from_index(cls, index: KeyIndex, block: tuple[int, int]) -> "BlockIndex":
+        """The blocks that hold at least one kept pair: what a block-sparse kernel must visit."""
+        (high, wide), mask = block, index.mask()
+        pad = (0, -mask.shape[3] % wide, 0, -mask.shape[2] % high)
+        grid = torch.nn.functional.pad(mask, pad)
+        rows, columns = grid.shape[2] // high, grid.shape[3] // wide
+        grid = grid.view(*mask.shape[:2], rows, high, columns, wide)
+        return cls.from_blocks(index.layout, grid.any(5).any(3), block)
+
+    def blocks(self) -> Tensor:
+        """As a bool map (B, G, query blocks, key blocks)."""
+        columns = -(-self.layout.keys // self.block[1])
+        counts = self.indptr.diff(dim=-1)
+        flat = torch.zeros(counts.numel(), columns, dtype=torch.bool, device=self.indices.device)
+        at = torch.arange(counts.numel(), device=self.indices.device)
+        flat[torch.repeat_interleave(at, counts.flatten()), self.indices] = True
+        return flat.view(*counts.shape, columns)
+
+    def mask(self) -> Tensor:
+        spread = self.blocks().repeat_interleave(self.block[0], 2)[:, :, : self.layout.queries]
+        spread = spread.repeat_interleave(self.block[1], 3)[..., : self.layout.keys]
+        return spread & self.layout.mask()
+
+
+def pairs_in_window(length: int, sink: int, recent: int, own: int | None = None) -> tuple[int, int]:
+    """Pairs kept and pairs a layer itself reads, for one sequence of a length.
+
+    Parameters
+    ----------
+    own : the layer's own sliding window (latest keys it sees, the query's included), or None.
+
+    >>> pairs_in_window(6, sink=1, recent=2)
+    (15, 21)
+    """
+    query = torch.arange(length)
+    reach = query + 1 if own is None else (query + 1).clamp_max(own)
+    near = reach.clamp_max(recent)
+    oldest, before = query + 1 - reach, query + 1 - near
+    sinks = (before.clamp_max(sink) - oldest).clamp_min(0)
+    return int((near + sinks).sum()), int(reach.sum())

@@ -1,0 +1,196 @@
+"""The protocol of the features family: fit a dictionary on a module's activations, splice it in.
+
+A method adds its card, its fields, a selection :class:`Rule`, and a training :class:`Recipe`.
+Encoder, decoder, trainer, activation source, files and splice are shared.
+"""
+
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Self
+
+from torch import Tensor, nn
+
+from gossamer.core import GossamerError, Method
+from gossamer.methods.features.autoencoder import Dictionary
+from gossamer.methods.features.measure import DictionaryScore, score_rows
+from gossamer.methods.features.rules import Rule
+from gossamer.methods.features.source import (
+    ActivationSource,
+    check_sink_multiple,
+    find_module,
+)
+from gossamer.methods.features.splicing import SplicedModel
+from gossamer.methods.features.training import Recipe, train
+from gossamer.models import Inputs, Progress, Tokens, as_tokens, find_sites
+
+__all__ = ["DictionaryMethod"]
+
+_EXPANSION = 8
+_PASSES = 16
+_SCORED_ROWS = 1 << 15
+
+
+@dataclass(frozen=True, kw_only=True)
+class DictionaryMethod(Method):
+    """Base of the methods that learn a sparse dictionary of one module's activations.
+
+    Parameters
+    ----------
+    hook : path of the module; None: the middle block.
+    width : number of latents; None: 8 times the width of the activations.
+    tokens : rows trained on, repeats counted; None: 16 passes over the data.
+    batch_size : rows of an update, at most those of one pass.
+    lr : peak learning rate; None: the recipe's rule.
+    sink_multiple : tokens whose activation norm exceeds so many times the median are neither
+        trained on nor replaced; None treats all alike.
+    seed : of the first atoms and of the order of the rows.
+    """
+
+    exempt: ClassVar[Mapping[str, str]] = {
+        "dense at sparsity 0": "a reconstruction is lossy at any number of latents",
+        "exact sparsity": "the amount is k latents of each token, not a sparsity",
+        "sparsity range": "the amount is k latents of each token, not a sparsity",
+    }
+
+    hook: str | None = None
+    width: int | None = None
+    tokens: int | None = None
+    batch_size: int = 1024
+    lr: float | None = None
+    sink_multiple: float | None = 10.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("width", "tokens", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise GossamerError(f"{name} is {value!r}; give a whole number, at least 1")
+        if self.lr is not None and not 0 < self.lr < float("inf"):
+            raise GossamerError(f"lr is {self.lr!r}; give a positive number")
+        check_sink_multiple(self.sink_multiple)
+
+    @abstractmethod
+    def rule(self) -> Rule:
+        """A fresh selection rule with this method's parameters."""
+
+    def recipe(self, steps: int, batch_size: int) -> Recipe:
+        """How to train; a method overrides this to add its own terms."""
+        return Recipe(steps=steps, batch_size=batch_size, lr=self.lr, seed=self.seed)
+
+    def resolved(self, model: nn.Module, source: ActivationSource) -> Self:
+        """This method with every open field that a source decides filled in."""
+        rows = source.count
+        return replace(
+            self,
+            hook=source.path,
+            width=_EXPANSION * source.width if self.width is None else self.width,
+            tokens=_PASSES * rows if self.tokens is None else self.tokens,
+            batch_size=min(self.batch_size, max(1, rows)),
+        )
+
+    def source(self, model: nn.Module, data: Any = None) -> ActivationSource:
+        """The rows this method trains on.
+
+        Raises
+        ------
+        GossamerError
+            If the hook names no module, or the data is unusable.
+        """
+        hook = self.hook
+        if hook is None:
+            blocks = find_sites(model).blocks
+            hook = blocks[len(blocks) // 2]
+        find_module(model, hook)
+        data = data if isinstance(data, Inputs | Tokens) else as_tokens(data, model, seed=self.seed)
+        return ActivationSource(model, hook, data, seed=self.seed, sink_multiple=self.sink_multiple)
+
+    def fit(
+        self, model: nn.Module, data: Any = None, *, progress: Progress | None = None
+    ) -> Dictionary:
+        """Train a dictionary on the model's activations; the model itself is not changed.
+
+        Parameters
+        ----------
+        data : as for :func:`gossamer.models.as_tokens`, or ``Inputs``.
+        progress : called with steps done, steps in all, and what runs.
+        """
+        return self._fit(model, self.source(model, data), progress)[1]
+
+    def _fit(
+        self, model: nn.Module, source: ActivationSource, progress: Progress | None
+    ) -> tuple[Self, Dictionary]:
+        method = self.resolved(model, source)
+        assert method.width is not None
+        assert method.tokens is not None
+        steps = max(1, method.tokens // method.batch_size)
+        recipe = method.recipe(steps, method.batch_size)
+        batches = source.batches(method.batch_size)
+        made = train(
+            batches, width=method.width, rule=method.rule(), recipe=recipe, progress=progress
+        )
+        made.metadata |= source.metadata() | {"method": method.to_dict()}
+        return method, made
+
+    def apply(
+        self,
+        model: nn.Module,
+        data: Any = None,
+        *,
+        keep_error: bool = False,
+        progress: Progress | None = None,
+    ) -> SplicedModel:
+        """Fit a dictionary, then put its reconstruction in place of the module's output.
+
+        Parameters
+        ----------
+        keep_error : add back what the dictionary misses, so that the model is unchanged.
+        """
+        source = self.source(model, data)
+        method, made = self._fit(model, source, progress)
+        score = score_rows(made, _first(source.one_pass(), _SCORED_ROWS))
+        made.metadata["score"] = vars(score)
+        return SplicedModel(
+            method,
+            model,
+            made,
+            source.path,
+            score,
+            block=_block_of(model, source.path),
+            keep_error=keep_error,
+        )
+
+    def reattach(
+        self, model: nn.Module, meta: Mapping[str, Any], tensors: Mapping[str, Tensor]
+    ) -> SplicedModel:
+        """Splice in a stored dictionary again."""
+        made = Dictionary.from_tensors(meta["config"], tensors).eval().requires_grad_(False)
+        made.to(next(model.parameters()).device)
+        return SplicedModel(
+            self,
+            model,
+            made,
+            meta["hook"],
+            DictionaryScore(**meta["score"]),
+            block=meta["block"],
+            keep_error=meta["keep_error"],
+        )
+
+
+def _first(batches: Iterator[Tensor], rows: int) -> Iterator[Tensor]:
+    """Batches until so many rows have passed."""
+    for batch in batches:
+        yield batch
+        rows -= len(batch)
+        if rows <= 0:
+            return
+
+
+def _block_of(model: nn.Module, path: str) -> int:
+    """Index of the block that a module belongs to; -1 outside the blocks."""
+    try:
+        blocks = find_sites(model).blocks
+    except GossamerError:
+        return -1
+    return next((i for i, b in enumerate(blocks) if path == b or path.startswith(f"{b}.")), -1)

@@ -1,0 +1,173 @@
+"""The bench a comparison runs on: one model, its texts, its dense predictions, one cell a time."""
+
+import contextlib
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from gossamer.evaluate import Reference, footprint, score, speed
+from gossamer.models import Applied, Progress, Tokens, find_sites, read_documents
+from gossamer.recipes.cells import Cell
+from gossamer.recipes.recipe import load
+
+__all__ = ["Bench", "Setup"]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """All that a worker needs to build a bench; plain values, so it can travel.
+
+    Parameters
+    ----------
+    model : source as for :func:`gossamer.load`. dtype, device : how to load it.
+    data : text to evaluate on, or None for the packaged held-out text.
+    calibration : text to calibrate on. None takes the packaged calibration text, or, where
+        ``data`` is given, the first half of its documents; the second half is then evaluated.
+    samples, length : calibration windows and the tokens of every window.
+    windows : windows evaluated, the first of the text.
+    batch_size : windows per forward pass. seed : draws calibration windows.
+    threads : CPU threads of a worker, or None to leave them.
+    timed : measure speed where a method really runs faster.
+    """
+
+    model: str
+    dtype: str | None = None
+    device: str = "cpu"
+    data: str | None = None
+    calibration: str | None = None
+    samples: int = 32
+    length: int = 512
+    windows: int = 32
+    batch_size: int = 8
+    seed: int = 0
+    threads: int | None = None
+    timed: bool = True
+    allow_pickle: bool = False
+
+
+class Bench:
+    """Runs cells one after the other on one model and gives it back unchanged each time.
+
+    Attributes
+    ----------
+    model, tokenizer : what is compared on. evaluation, calibration : its tokens.
+    """
+
+    def __init__(
+        self,
+        setup: Setup,
+        model: nn.Module | None = None,
+        tokenizer: Any = None,
+        progress: Progress | None = None,
+    ) -> None:
+        self.setup = setup
+        if setup.threads is not None:
+            torch.set_num_threads(setup.threads)
+        if model is None:
+            loaded = load(
+                setup.model,
+                dtype=setup.dtype,
+                device=setup.device,
+                allow_pickle=setup.allow_pickle,
+            )
+            model, tokenizer = loaded.model, loaded.tokenizer
+        self.model: Any = model
+        self.tokenizer = tokenizer
+        self.sites = find_sites(model)
+        self.calibration, self.evaluation = self._texts()
+        self.reference = Reference.record(
+            self.model, self.evaluation, batch_size=setup.batch_size, progress=progress
+        )
+
+    def _texts(self) -> tuple[Tokens, Tokens]:
+        setup = self.setup
+        context = getattr(self.model.config, "max_position_embeddings", setup.length)
+        length = min(setup.length, context)
+        evaluated = read_documents(setup.data, "heldout")
+        if setup.calibration is not None or setup.data is None:
+            calibrated = read_documents(setup.calibration, "calibration")
+        elif len(evaluated) > 1:
+            middle = len(evaluated) // 2
+            calibrated, evaluated = evaluated[:middle], evaluated[middle:]
+        else:
+            middle = len(evaluated[0]) // 2
+            calibrated, evaluated = [evaluated[0][:middle]], [evaluated[0][middle:]]
+        calibration = Tokens.from_documents(
+            calibrated, self.tokenizer, length=length, samples=setup.samples, seed=setup.seed
+        )
+        evaluation = Tokens.from_documents(evaluated, self.tokenizer, length=length)
+        return calibration, evaluation.slice(setup.windows)
+
+    def close(self) -> None:
+        """Free the disk space of the dense predictions."""
+        self.reference.close()
+
+    def run(self, cell: Cell, progress: Progress | None = None) -> dict[str, Any]:
+        """The row of one cell; the model is dense again afterwards, whatever happens."""
+        start = time.perf_counter()
+        with contextlib.ExitStack() as stack:
+            applied: Applied | None = None
+            if cell.method is not None:
+                applied = cell.method.apply(self.model, self.calibration)
+                stack.callback(applied.restore)
+            row = self._row(cell, applied, progress)
+        row["seconds"] = round(time.perf_counter() - start, 3)
+        return row
+
+    def _row(self, cell: Cell, applied: Applied | None, progress: Progress | None) -> dict[str, Any]:
+        setup = self.setup
+        found = score(
+            self.model,
+            self.evaluation,
+            reference=self.reference,
+            batch_size=setup.batch_size,
+            progress=progress,
+        )
+        sizes = footprint(self.model, applied, context=self.evaluation.length, sites=self.sites)
+        report = None if applied is None else applied.report()
+        simulated = applied is not None and applied.simulated
+        rate = None
+        if setup.timed and not simulated:
+            prompt = max(1, self.evaluation.length - 32)
+            rate = speed(self.model, prompt_tokens=prompt, new_tokens=32, repeats=3)
+        return {
+            "method": cell.label,
+            "family": cell.method.card.family if cell.method else None,
+            "sparsity": cell.sparsity,
+            "achieved_sparsity": 0.0 if report is None else report.sparsity,
+            "sparsity_all": 0.0 if report is None else report.sparsity_all,
+            "unit": None if report is None else report.unit,
+            "pattern": cell.pattern,
+            "loss": _finite(found.loss),
+            "perplexity": _finite(found.perplexity),
+            "kl": _finite(found.kl),
+            "agreement": found.agreement,
+            "bytes_stored": sizes.bytes_stored,
+            "bytes_moved": sizes.bytes_moved,
+            "bytes_moved_limit": sizes.bytes_moved_limit,
+            "tokens_per_second": None if rate is None else round(rate.decode.median, 2),
+            "prefill_tokens_per_second": None if rate is None else round(rate.prefill.median, 2),
+            "simulated": simulated,
+            "seed": cell.seed,
+            "parameters": cell.method.to_dict() if cell.method else {},
+            "layers": [] if report is None else [_layer(row) for row in report.rows],
+            "note": None if report is None or not report.notes else "; ".join(report.notes),
+        }
+
+
+def _finite(value: float | None) -> float | None:
+    """JSON has no NaN or infinity: a destroyed model's figure is null."""
+    return value if value is not None and abs(value) < float("inf") else None
+
+
+def _layer(row: Any) -> dict[str, Any]:
+    return {
+        "name": row.name,
+        "role": row.role,
+        "block": row.block,
+        "sparsity": round(row.sparsity, 6),
+    }
+

@@ -1,0 +1,233 @@
+"""Recipe: several methods applied to one model in order, from a file or from Python."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from gossamer import methods
+from gossamer.core import GossamerError, Method, unknown
+from gossamer.models import (
+    Applied,
+    Loaded,
+    Progress,
+    Tokens,
+    load_model,
+    read_documents,
+)
+from gossamer.models.store import read_stages
+from gossamer.models.store import save as save_folder
+from gossamer.recipes import text
+
+__all__ = ["MAX_STAGES", "AppliedRecipe", "Recipe", "load"]
+
+MAX_STAGES = 64
+_KEYS = ("model", "stages", "data", "samples", "length", "seed", "out")
+
+
+class AppliedRecipe:
+    """Methods at work on one model; undone in reverse order.
+
+    Attributes
+    ----------
+    model, tokenizer : the model they work on. stages : one ``Applied`` per method, in order.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: Any, stages: Sequence[Applied]) -> None:
+        self.model, self.tokenizer, self.stages = model, tokenizer, tuple(stages)
+
+    def restore(self) -> None:
+        """Undo every stage, the last first."""
+        with ExitStack() as stack:
+            for stage in self.stages:
+                stack.callback(stage.restore)
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the model with all stages; see :func:`gossamer.models.store.save`."""
+        return save_folder(self.model, self.stages, folder, self.tokenizer)
+
+    def report(self) -> str:
+        """All stages' reports, one after the other."""
+        return "\n\n".join(str(stage.report()) for stage in self.stages)
+
+    def __enter__(self) -> "AppliedRecipe":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.restore()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What to do to which model.
+
+    Parameters
+    ----------
+    stages : methods in the order they are applied, at most 64.
+    model : ``nano``, a folder or a hub id; None when the model is given to :meth:`apply`.
+    data : file of calibration text, or None for the packaged text.
+    samples, length : calibration windows and tokens per window.
+    seed : draws the calibration windows.
+    out : folder to save to, or None.
+    """
+
+    stages: tuple[Method, ...]
+    model: str | None = None
+    data: str | None = None
+    samples: int = 64
+    length: int = 1024
+    seed: int = 0
+    out: str | None = None
+    folder: Path = field(default=Path(), repr=False)
+
+    def __post_init__(self) -> None:
+        if not 1 <= len(self.stages) <= MAX_STAGES:
+            raise GossamerError(
+                f"a recipe has 1 to {MAX_STAGES} stages; this one has {len(self.stages)}"
+            )
+        for name in ("samples", "length", "seed"):
+            value, least = getattr(self, name), 0 if name == "seed" else 1
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise GossamerError(f"{name} is {value!r}; give a whole number, at least {least}")
+        for name in ("model", "data", "out"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, str):
+                raise GossamerError(f"{name} is {value!r}; give text")
+
+    @classmethod
+    def read(cls, path: str | Path) -> "Recipe":
+        """A recipe from a YAML file; relative paths in it are relative to the file.
+
+        Raises
+        ------
+        GossamerError
+            Naming the file, the stage and the key at fault.
+        """
+        path = Path(path)
+        try:
+            content = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise GossamerError(f"{path} is not a text file in UTF-8") from None
+        except OSError as error:
+            raise GossamerError(f"cannot read {path}: {error.strerror}") from None
+        try:
+            return cls.from_dict(text.parse(content), folder=path.parent)
+        except GossamerError as error:
+            raise GossamerError(f"{path}: {error}") from None
+
+    @classmethod
+    def from_dict(cls, values: Any, folder: Path = Path()) -> "Recipe":
+        """A recipe from plain values.
+
+        Raises
+        ------
+        GossamerError
+            On unknown keys (with the nearest known), wrong types, or too many stages.
+        """
+        if not isinstance(values, Mapping):
+            raise GossamerError(f"a recipe is a mapping with the keys {', '.join(_KEYS)}")
+        for key in values:
+            if key not in _KEYS:
+                raise unknown("key", key, _KEYS)
+        stages = values.get("stages")
+        if not isinstance(stages, list):
+            raise GossamerError("stages is a list of methods, such as '- method: wanda'")
+        if len(stages) > MAX_STAGES:
+            raise GossamerError(f"a recipe has 1 to {MAX_STAGES} stages; this one has {len(stages)}")
+        made = tuple(_stage(number, stage) for number, stage in enumerate(stages, 1))
+        rest = {k: v for k, v in values.items() if k != "stages"}
+        return cls(stages=made, folder=folder, **rest)
+
+    def to_text(self) -> str:
+        """The YAML form that :meth:`read` reads back."""
+        values = {k: getattr(self, k) for k in _KEYS if k != "stages"}
+        plain = {k: v for k, v in values.items() if v is not None}
+        stages = [{k: v for k, v in m.to_dict().items() if v is not None} for m in self.stages]
+        return text.dump({**plain, "stages": stages})
+
+    def _path(self, name: str) -> str:
+        inside = self.folder / name
+        return str(inside) if inside.exists() else name
+
+    def run(self, progress: Progress | None = None) -> AppliedRecipe:
+        """Load the model, apply the stages, save if ``out`` is set."""
+        if self.model is None:
+            raise GossamerError("the recipe names no model; add 'model: nano' or a folder")
+        if self.out is not None and (target := self.folder / self.out).exists():
+            if not target.is_dir() or any(target.iterdir()):
+                raise GossamerError(f"{target} exists and is not empty; name a new folder")
+        loaded = load_model(self._path(self.model))
+        done = self.apply(loaded.model, loaded.tokenizer, progress=progress)
+        if self.out is not None:
+            done.save(self.folder / self.out)
+        return done
+
+    def apply(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        data: Any = None,
+        progress: Progress | None = None,
+    ) -> AppliedRecipe:
+        """Apply the stages in order; on an error the model is left as it was.
+
+        Parameters
+        ----------
+        data : calibration tokens or documents; None for the recipe's own ``data``.
+        """
+        tokens = self._tokens(model, tokenizer) if data is None else data
+        done: list[Applied] = []
+        try:
+            for method in self.stages:
+                options = {"progress": progress} if progress is not None else {}
+                done.append(method.apply(model, tokens, **options))
+        except BaseException:
+            AppliedRecipe(model, tokenizer, done).restore()
+            raise
+        return AppliedRecipe(model, tokenizer, done)
+
+    def _tokens(self, model: nn.Module, tokenizer: Any) -> Tokens:
+        path = None if self.data is None else self._path(self.data)
+        documents = read_documents(path, "calibration")
+        context = getattr(model.config, "max_position_embeddings", self.length)
+        length = min(self.length, context)
+        return Tokens.from_documents(
+            documents, tokenizer, length=length, samples=self.samples, seed=self.seed
+        )
+
+
+def _stage(number: int, stage: Any) -> Method:
+    if isinstance(stage, str):
+        stage = {"method": stage}
+    if not isinstance(stage, Mapping) or not isinstance(stage.get("method"), str):
+        raise GossamerError(f"stage {number} needs a key 'method' with a method's name")
+    values = {k: v for k, v in stage.items() if k != "method"}
+    try:
+        return methods.make(stage["method"], **values)
+    except GossamerError as error:
+        raise GossamerError(f"stage {number}: {error}") from None
+
+
+def load(source: str | Path, **options: Any) -> Loaded:
+    """Load a model and every method stored with it.
+
+    Parameters
+    ----------
+    source : ``nano``, a folder (dense or saved by gossamer) or a hub id.
+    options : dtype, device, allow_pickle, as for :func:`gossamer.models.load_model`.
+    """
+    loaded = load_model(source, **options)
+    if Path(source).is_dir():
+        for stage in read_stages(source):
+            method = methods.make(stage.method["method"], **_fields(stage.method))
+            method.reattach(loaded.model, stage.meta, stage.tensors)
+    return loaded
+
+
+def _fields(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in values.items() if k != "method"}
+
+

@@ -1,0 +1,113 @@
+"""Recipes: several methods in order, from a file or from Python; saved and loaded again."""
+
+import pytest
+import torch
+
+import gossamer
+from gossamer.core import GossamerError
+from gossamer.models import Tokens, find_sites
+from gossamer.recipes.recipe import MAX_STAGES, Recipe
+from tests.models.tiny import tiny_model
+
+TOKENS = Tokens.from_ids(torch.randint(3, 128, (4, 24), generator=torch.Generator().manual_seed(0)))
+STAGES = [
+    {"method": "wanda", "pattern": "2:4"},
+    {"method": "teal", "sparsity": 0.25},
+    {"method": "streaming_llm", "sink": 2, "recent": 6},
+]
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(input_ids=TOKENS.input_ids).logits
+
+
+def test_stages_act_together_and_are_undone_in_reverse():
+    model = tiny_model("llama")
+    dense = logits(model)
+    recipe = Recipe.from_dict({"stages": STAGES})
+    seen = [dense]
+    with recipe.apply(model, None, TOKENS) as done:
+        assert [stage.method.key() for stage in done.stages] == ["wanda", "teal", "streaming_llm"]
+        seen.append(logits(model))
+        assert "wanda" in done.report()
+    assert not torch.allclose(seen[0], seen[1])
+    assert torch.equal(logits(model), dense)
+
+
+def test_a_failing_stage_undoes_the_earlier_ones():
+    model = tiny_model("bert")
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    recipe = Recipe.from_dict({"stages": ["magnitude", STAGES[2]]})
+    with pytest.raises(GossamerError):
+        recipe.apply(model, None, TOKENS)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_save_and_load_restore_every_stage(tmp_path):
+    model = tiny_model("llama")
+    with Recipe.from_dict({"stages": STAGES}).apply(model, None, TOKENS) as done:
+        expected = logits(model)
+        done.save(tmp_path / "sparse")
+    plain = type(model).from_pretrained(tmp_path / "sparse").eval()
+    site = find_sites(plain).sites[0]
+    assert float((site.weight(plain) == 0).float().mean()) == pytest.approx(0.5)
+    assert not torch.allclose(logits(plain), expected, atol=1e-5)
+    from gossamer.models.store import read_stages
+
+    for stage in read_stages(tmp_path / "sparse"):
+        fields = {k: v for k, v in stage.method.items() if k != "method"}
+        made = gossamer.method(stage.method["method"], **fields)
+        made.reattach(plain, stage.meta, stage.tensors)
+    assert torch.allclose(logits(plain), expected, atol=1e-6)
+
+
+def test_text_round_trips(tmp_path):
+    recipe = Recipe.from_dict({"model": "nano", "stages": STAGES, "seed": 3})
+    file = tmp_path / "recipe.yaml"
+    file.write_text(recipe.to_text())
+    assert Recipe.read(file).stages == recipe.stages
+    assert Recipe.read(file).seed == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("stages: []", "1 to 64 stages; this one has 0"),
+        ("stages: wanda", "stages is a list"),
+        ("- a", "a recipe is a mapping"),
+        ("stagess: []", "did you mean stages"),
+        ("stages:\n- metod: wanda", "stage 1 needs a key 'method'"),
+        ("stages:\n- method: wandda", "stage 1: unknown method 'wandda'; did you mean wanda"),
+        ("stages:\n- method: wanda\n  sparsty: 0.5", "stage 1: .*did you mean sparsity"),
+        ("stages:\n- method: wanda\n  sparsity: [1]", "stage 1: wanda: sparsity is"),
+        ("stages:\n- method: wanda\n  sparsity: .nan", "sparsity is nan"),
+        ("stages: [wanda]\nsamples: many", "samples is 'many'"),
+        ("stages: [wanda]\nsamples: 0", "samples is 0"),
+        ("stages: [wanda]\nmodel: 5", "model is 5"),
+        ("stages: [wanda]\nstages: [teal]", "given twice"),
+        ("stages:\n" + "- wanda\n" * 10_000, f"1 to {MAX_STAGES} stages; this one has 10000"),
+    ],
+)
+def test_wrong_recipes_are_named(tmp_path, text, message):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(text)
+    with pytest.raises(GossamerError, match=message) as caught:
+        Recipe.read(file)
+    assert str(file) in str(caught.value)
+
+
+def test_unreadable_files_are_named(tmp_path):
+    with pytest.raises(GossamerError, match="cannot read"):
+        Recipe.read(tmp_path / "none.yaml")
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(GossamerError, match="not a text file"):
+        Recipe.read(tmp_path / "binary.yaml")
+
+
+def test_run_refuses_a_full_folder_before_loading(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "file").write_text("x")
+    recipe = Recipe.from_dict({"model": "nano", "stages": ["wanda"], "out": "out"}, tmp_path)
+    with pytest.raises(GossamerError, match="not empty"):
+        recipe.run()
