@@ -3,6 +3,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
+DEMO_METHODS := random,magnitude,magnitude:pattern=model,magnitude:allocation=erk,lamp,wanda,$\
+random:pattern=2:4,magnitude:pattern=2:4,wanda:pattern=2:4,teal:sparsity=0.25,teal:sparsity=0.5,$\
+streaming_llm:sparsity=0.5,streaming_llm:sparsity=0.75
+
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test lint type docs report bench clean
 
@@ -19,7 +23,8 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 demo: setup ## Compare sparsity methods on the packaged model, offline: table, JSON, report
-	HF_HUB_OFFLINE=1 $(BIN)/gossamer recipe demo
+	HF_HUB_OFFLINE=1 $(BIN)/gossamer compare nano --out report --sparsity 0.3,0.5 \
+	  --methods "$(DEMO_METHODS)"
 
 test: setup ## Run every test
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
@@ -31,10 +36,10 @@ type: setup ## Types
 	$(BIN)/pyright
 
 docs: setup ## Regenerate the tables of the documentation
-	$(BIN)/python -m gossamer.report.tables docs/methods.md
+	$(BIN)/python -m gossamer.cli.tables docs/methods.md
 
 report: setup ## Build report/index.html from the last demo's records
-	$(BIN)/gossamer report demo
+	$(BIN)/gossamer report report
 
 bench: setup ## Measure the core's speed figures
 	$(BIN)/python benchmarks/select.py

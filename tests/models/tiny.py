@@ -5,8 +5,10 @@ real thing (grouped-query heads, sliding windows that bite, fused projections, s
 """
 
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     BertConfig,
     BertModel,
@@ -29,6 +31,7 @@ from transformers import (
     Phi3Config,
     Phi3ForCausalLM,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
@@ -39,7 +42,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
-__all__ = ["ARCHITECTURES", "DECODERS", "ENCODERS", "tiny_model"]
+__all__ = ["ARCHITECTURES", "DECODERS", "ENCODERS", "tiny_folder", "tiny_model", "tiny_tokenizer"]
 
 VOCABULARY, HIDDEN, INNER, BLOCKS, HEADS, KV_HEADS, CONTEXT = 128, 32, 64, 2, 4, 2, 128
 
@@ -158,3 +161,24 @@ def tiny_model(name: str, seed: int = 0) -> PreTrainedModel:
     finally:
         torch.random.set_rng_state(state)
     return model.eval()
+
+
+def tiny_tokenizer(*, bos: bool = False) -> PreTrainedTokenizerFast:
+    """One token per printable ASCII character; with ``bos``, texts open with token 1."""
+    characters = [chr(code) for code in range(32, 127)] + ["\n", "\t"]
+    words = ["<pad>", "<bos>", "<eos>", "<unk>", *characters]
+    core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Split(Regex(r"(?s)."), behavior="isolated")
+    if bos:
+        core.post_processor = processors.TemplateProcessing(
+            single="<bos> $A", special_tokens=[("<bos>", 1)]
+        )
+    names = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>"}
+    return PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", **names)
+
+
+def tiny_folder(folder: Path, name: str = "llama") -> Path:
+    """A folder with a tiny model of an architecture and the tiny tokenizer."""
+    tiny_model(name).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder

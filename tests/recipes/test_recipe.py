@@ -55,11 +55,14 @@ def test_save_and_load_restore_every_stage(tmp_path):
     assert not torch.allclose(logits(plain), expected, atol=1e-5)
     from gossamer.models.store import read_stages
 
+    attached = []
     for stage in read_stages(tmp_path / "sparse"):
         fields = {k: v for k, v in stage.method.items() if k != "method"}
         made = gossamer.method(stage.method["method"], **fields)
-        made.reattach(plain, stage.meta, stage.tensors)
+        attached.append(made.reattach(plain, stage.meta, stage.tensors))
     assert torch.allclose(logits(plain), expected, atol=1e-6)
+    for work in reversed(attached[1:]):
+        work.restore()
 
 
 def test_text_round_trips(tmp_path):

@@ -55,22 +55,24 @@ def methods(
     if json:
         print_json(rows)
         return
-    head = ("key", "family", "paper", "system", "year", "arXiv", "when", "needs", "claim")
     shown = [
-        (
-            r["key"],
-            r["family"],
-            r["title"],
-            str(r["system"] or "-"),
-            str(r["year"] or "-"),
-            r["arxiv"] or "-",
-            r["when"],
-            ", ".join(r["needs"]) or "-",
-            r["verdict"] or "not run",
-        )
+        {
+            "key": r["key"],
+            "family": r["family"],
+            "claim": r["verdict"] or "not run",
+            "system": str(r["system"] or "-"),
+            "year": str(r["year"] or "-"),
+            "arXiv": r["arxiv"] or "-",
+            "when": r["when"],
+            "needs": ", ".join(r["needs"]) or "-",
+            "paper": r["title"],
+        }
         for r in rows
     ]
-    console.print(table(f"{len(rows)} methods", head, shown))
+    # A narrow terminal gets what fits; --json has everything.
+    narrow = ("key", "family", "claim", "system", "paper")
+    head = tuple(shown[0]) if console.width >= 120 else narrow
+    console.print(table(f"{len(rows)} methods", head, [[r[name] for name in head] for r in shown]))
     done = sum(r["system"] is not None for r in rows)
     console.print(
         f"{done} of the {len(systems())} systems of the list, {len(rows) - done} baselines. "

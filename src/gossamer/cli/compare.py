@@ -137,39 +137,44 @@ def _number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
+_COLUMNS = (
+    # name, needs a wide terminal, text of a row
+    ("method", False, lambda r: r["method"]),
+    ("pattern", False, lambda r: r["pattern"] or "-"),
+    ("sparsity", False, lambda r: f"{r['achieved_sparsity']:.1%}"),
+    ("perplexity", False, lambda r: _perplexity(r["perplexity"])),
+    ("loss +", False, lambda r: _number(r["loss_more"], "+.3f")),
+    ("KL", True, lambda r: _number(r["kl"], ".3f")),
+    ("agree", False, lambda r: _number(r["agreement"], ".1%")),
+    ("stored MB", True, lambda r: f"{r['bytes_stored'] / 1e6:.1f}"),
+    ("moved MB", True, lambda r: f"{r['bytes_moved'] / 1e6:.1f}"),
+    ("limit MB", True, lambda r: f"{r['bytes_moved_limit'] / 1e6:.1f}"),
+    ("tok/s", False, lambda r: "sim." if r["simulated"] else _number(r["tokens_per_second"], ",.0f")),
+    ("seconds", True, lambda r: f"{r['seconds']:.1f}"),
+)
+
+
+def _perplexity(value: float | None) -> str:
+    return _number(value, ",.2f" if value is not None and value < 1e4 else ".2e")
+
+
 def rows_table(meta: dict[str, Any], rows: list[dict[str, Any]]) -> Any:
-    """The comparison as a table for a terminal."""
-    head = (
-        "method", "pattern", "sparsity", "perplexity", "loss +", "KL", "agree",
-        "stored MB", "moved MB", "tokens/s", "seconds",
-    )  # fmt: skip
+    """The comparison as a table that fits the terminal."""
     dense = next((r["loss"] for r in rows if r["method"] == "dense"), None)
-    shown = []
-    for r in rows:
-        more = None if r["loss"] is None or dense is None else r["loss"] - dense
-        shown.append(
-            (
-                r["method"],
-                r["pattern"] or "-",
-                f"{r['achieved_sparsity']:.1%}",
-                _number(r["perplexity"], ",.2f"),
-                _number(more, "+.3f"),
-                _number(r["kl"], ".3f"),
-                _number(r["agreement"], ".1%"),
-                f"{r['bytes_stored'] / 1e6:.1f}",
-                f"{r['bytes_moved'] / 1e6:.1f}",
-                "simulated" if r["simulated"] else _number(r["tokens_per_second"], ",.0f"),
-                f"{r['seconds']:.1f}",
-            )
-        )
+    known = [
+        {**r, "loss_more": None if None in (r["loss"], dense) else r["loss"] - dense} for r in rows
+    ]
+    columns = [c for c in _COLUMNS if console.width >= 120 or not c[1]]
     title = f"{meta['model']}: {meta['tokens']:,} held-out tokens, context {meta['context']}"
-    return table(title, head, shown, right=2)
+    shown = [[text(r) for _, _, text in columns] for r in known]
+    return table(title, [name for name, *_ in columns], shown, right=2)
 
 
 def _footnotes(rows: list[dict[str, Any]]) -> None:
     if any(r["simulated"] for r in rows):
         console.print(
-            "simulated: the zeros are there but the arithmetic is dense, so no speed is claimed.",
+            "loss +: nats per token over dense. agree: same most likely token as dense. "
+            "sim.: the zeros are there but the arithmetic is dense, so no speed is claimed.",
             style="dim",
         )
     for r in rows:

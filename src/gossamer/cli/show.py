@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -50,9 +51,13 @@ def bar(title: str, quiet: bool = False) -> Iterator[Callback]:
 
 def table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]], right: int = 0) -> Table:
     """A table; columns from ``right`` on are numbers, aligned right."""
-    out = Table(title=title, title_justify="left", header_style="bold", expand=False)
+    out = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for index, name in enumerate(head):
-        out.add_column(name, justify="right" if index >= right > 0 else "left", overflow="fold")
+        number = index >= right > 0
+        whole = number or name not in ("paper", "needs", "when")
+        out.add_column(
+            name, justify="right" if number else "left", no_wrap=whole, overflow="fold"
+        )
     for row in rows:
         out.add_row(*row)
     return out

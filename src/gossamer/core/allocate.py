@@ -3,12 +3,13 @@
 Every function returns ``{layer name: sparsity}``. Multiplied by the layers' sizes and rounded
 (:func:`gossamer.core.budget.kept_count`), the kept counts add up to ``round((1 - s) * N)`` of
 all N weights, up to one weight per layer. An allocation is an argument of a method.
+
+Shapes are (O, I) for linear layers and (O, I, kernel sides) for convolutions.
 """
 
 from collections.abc import Callable, Mapping
 from math import fsum, prod
 
-import torch
 from torch import Tensor
 
 from gossamer.core.budget import Budget, check_sparsity, kept_count
@@ -16,7 +17,7 @@ from gossamer.core.errors import GossamerError
 from gossamer.core.pattern import Unstructured
 from gossamer.core.scores.magnitude import lamp as lamp_score
 
-__all__ = ["er", "erk", "global_", "lamp", "owl", "uniform"]
+__all__ = ["er", "erk", "global_", "kept_total", "lamp", "owl", "spread_of", "uniform"]
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -33,8 +34,8 @@ def _proportional(
     """Density proportional to ``weight(shape)``; layers that would exceed 1 stay dense.
 
     Solves e * sum(w_l * n_l) + sum(n of dense layers) = (1 - s) * N, freezing layers with
-    e * w_l > 1 and solving again. Terminates: every round freezes at least one layer, and the
-    densities of the rest only have to meet a budget they can meet.
+    e * w_l > 1 and solving again. Terminates, because every round freezes a layer; what is left
+    stays positive, because a frozen layer has n_l < e * w_l * n_l, less than its share of it.
     """
     check_sparsity(sparsity)
     if not shapes:
@@ -54,8 +55,7 @@ def _proportional(
             break
         dense |= over
     return {
-        name: 0.0 if name in dense else max(0.0, 1.0 - scale * weights[name])
-        for name in shapes
+        name: 0.0 if name in dense else max(0.0, 1.0 - scale * weights[name]) for name in shapes
     }
 
 
@@ -76,7 +76,7 @@ def erk(shapes: Shapes, sparsity: float) -> dict[str, float]:
 
 
 def _from_counts(kept: Mapping[str, int], sizes: Mapping[str, int]) -> dict[str, float]:
-    # 1 - kept/size gives back the exact count through kept_count for any size below 2**50.
+    # 1 - kept / size gives the exact count back through kept_count for any size below 2**50.
     return {name: 1.0 - kept[name] / sizes[name] for name in kept}
 
 
@@ -109,7 +109,7 @@ def owl(
 
     Densities are an affine map of the outlier shares with total range ``2 * spread``, shifted
     so that the size-weighted mean is exactly ``1 - sparsity``; values outside [0, 1] are
-    clipped and the rest shifted again. Equal shares give the uniform allocation.
+    clipped and the rest shifted further. Equal shares give the uniform allocation.
 
     Parameters
     ----------
@@ -127,16 +127,21 @@ def owl(
         return {}
     low, high = min(outliers.values()), max(outliers.values())
     width = high - low
-    raw = {n: 2 * spread * (d - low) / width if width else 0.0 for n, d in outliers.items()}
-    total = sum(sizes[name] for name in outliers)
-    budget = (1.0 - sparsity) * total
+    if width == 0.0 or spread == 0.0:
+        return dict.fromkeys(outliers, float(sparsity))
+    raw = {name: 2 * spread * (share - low) / width for name, share in outliers.items()}
+    budget = (1.0 - sparsity) * sum(sizes[name] for name in outliers)
+
+    def densities(shift: float) -> dict[str, float]:
+        return {name: min(1.0, max(0.0, value + shift)) for name, value in raw.items()}
+
     # The shift that meets the budget after clipping: the kept count grows with it, so bisect.
-    down, up = -1.0 - 2 * spread, 1.0
-    for _ in range(200):
+    down, up = -2 * spread, 1.0
+    for _ in range(100):
         shift = (down + up) / 2
-        kept = fsum(min(1.0, max(0.0, raw[n] + shift)) * sizes[n] for n in outliers)
+        kept = fsum(density * sizes[name] for name, density in densities(shift).items())
         down, up = (shift, up) if kept < budget else (down, shift)
-    return {n: 1.0 - min(1.0, max(0.0, raw[n] + up)) for n in outliers}
+    return {name: 1.0 - density for name, density in densities(up).items()}
 
 
 def kept_total(allocation: Mapping[str, float], sizes: Mapping[str, int]) -> int:
@@ -146,5 +151,4 @@ def kept_total(allocation: Mapping[str, float], sizes: Mapping[str, int]) -> int
 
 def spread_of(allocation: Mapping[str, float]) -> tuple[float, float]:
     """Lowest and highest sparsity of an allocation."""
-    values = torch.tensor(list(allocation.values()), dtype=torch.double)
-    return float(values.min()), float(values.max())
+    return min(allocation.values()), max(allocation.values())

@@ -4,7 +4,7 @@ import csv
 from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.resources import files
-from typing import Literal
+from typing import Literal, get_args
 
 from gossamer.core.errors import GossamerError, unknown
 
@@ -26,7 +26,6 @@ FAMILIES = (
     "mechanisms",
 )
 When = Literal["before training", "during training", "after training", "inference"]
-WHEN: tuple[str, ...] = ("before training", "during training", "after training", "inference")
 Start = Literal["dense to sparse", "sparse to sparse", "dense"]
 Masks = Literal["static", "dynamic", "none"]
 
@@ -88,8 +87,13 @@ class Card:
     def __post_init__(self) -> None:
         if self.family not in FAMILIES:
             raise unknown("family", self.family, FAMILIES)
-        if self.when not in WHEN:
-            raise unknown("time of use", self.when, WHEN)
+        for name, value, kind in (
+            ("time of use", self.when, When),
+            ("start", self.start, Start),
+            ("kind of masks", self.masks, Masks),
+        ):
+            if value not in get_args(kind):
+                raise unknown(name, value, get_args(kind))
         if self.system is not None:
             if self.system not in systems():
                 raise unknown("system", self.system, tuple(systems()))

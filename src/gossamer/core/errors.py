@@ -12,7 +12,7 @@ class GossamerError(ValueError):
     """A user's input is outside what a method, model or file allows."""
 
 
-class UnsupportedModel(GossamerError):
+class UnsupportedModel(GossamerError):  # noqa: N818
     """The model's modules match no architecture whose sites are known."""
 
 

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, cast
 
 from gossamer.core.budget import check_sparsity
 from gossamer.core.card import Card
@@ -31,11 +31,11 @@ class Method(ABC):
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            value = getattr(self, field.name)
-            if field.name == "pattern" and isinstance(value, str):
-                object.__setattr__(self, field.name, parse_pattern(value))
+            value: Any = getattr(self, field.name)
+            if field.name == "pattern":
+                object.__setattr__(self, field.name, _as_pattern(value))
             elif field.name == "sparsity" and value is not None:
-                check_sparsity(value)
+                object.__setattr__(self, field.name, check_sparsity(value))
             elif field.name == "seed" and (not isinstance(value, int) or value < 0):
                 raise GossamerError(f"seed is {value!r}; give a whole number, at least 0")
 
@@ -75,4 +75,17 @@ class Method(ABC):
         for key in given:
             if key not in known:
                 raise unknown(f"parameter of {cls.key()}", key, known)
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
+        return cls(**{name: _frozen(value) for name, value in given.items()})
+
+
+def _as_pattern(value: object) -> Pattern:
+    if isinstance(value, Pattern):
+        return value
+    if isinstance(value, str):
+        return parse_pattern(value)
+    raise GossamerError(f"pattern is {value!r}; give a pattern or its text form, such as '2:4'")
+
+
+def _frozen(value: Any) -> Any:
+    """JSON has no tuples; frozen methods have no lists."""
+    return tuple(cast(list[Any], value)) if isinstance(value, list) else value

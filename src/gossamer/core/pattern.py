@@ -107,7 +107,7 @@ class Unstructured(Pattern):
             check_scores(score, f"score of {name}")
         flat = torch.cat([score.reshape(-1) for score in scores.values()])
         mask = select_rows(flat[None], budget, checked=True)[0]
-        parts = mask.split([score.numel() for score in scores.values()])
+        parts = torch.split(mask, [score.numel() for score in scores.values()])
         return {
             name: Selection.from_mask(part.view(score.shape))
             for (name, score), part in zip(scores.items(), parts, strict=True)
@@ -343,7 +343,8 @@ class Window(Pattern):
     def check(self, selection: Selection) -> None:
         self.check_shape(selection.shape)
         mask = selection.mask()
-        if missing := int((self._mask(*mask.shape, mask.device) & ~mask).sum()):
+        wanted = self._mask(mask.shape[0], mask.shape[1], mask.device)
+        if missing := int((wanted & ~mask).sum()):
             raise GossamerError(f"{missing} pairs inside pattern {self} are removed")
 
     def __str__(self) -> str:

@@ -1,7 +1,8 @@
 """Proximal operators: the step of a penalty, shared by pruning, codes and steering.
 
-prox_{t f}(v) = argmin_x  t f(x) + ½ (x - v)². All act elementwise on any shape unless said
-otherwise, keep the sign, and are the identity at t = 0.
+prox_{t f}(v) = argmin_x  t f(x) + ½ (x - v)², with t = ``step`` >= 0. All act elementwise on any
+shape unless said otherwise, keep the sign, are the identity at t = 0, and return 0 where 0 and
+another value are equally good.
 """
 
 from collections.abc import Callable
@@ -32,51 +33,64 @@ def hard(v: Tensor, step: float) -> Tensor:
 
 
 def cel0(v: Tensor, step: float, norm: float = 0.5) -> Tensor:
-    """CEL0, the continuous exact relaxation of l0, for atoms of norm ``norm``.
+    """CEL0, the continuous exact relaxation of l0, for an atom of norm ``norm``.
 
-    f(x) = 1 - (a²/2)(|x| - sqrt(2)/a)² where |x| <= sqrt(2)/a and 1 beyond, a = ``norm`` / sqrt(step)
-    after scaling by the step. For a² step-scaled below 1 the operator is
-    sign(v) min(|v|, (|v| - sqrt(2 step) a)_+ / (1 - a²)) with a = ``norm``.
+    With a = ``norm``, t = ``step`` and c = sqrt(2 t) / a, this is the minimiser over x of
+    p(x) + ½ (x - v)² where::
+
+        p(x) = t - (a²/2) (|x| - c)²   for |x| <= c
+        p(x) = t                       for |x| > c
+
+    p replaces the penalty t [x != 0]: it is 0 at 0, continuous, concave on each side, and a
+    least-squares fit with it has the global minimisers of the fit with l0. For a < 1 the
+    minimiser is sign(v) min(|v|, (|v| - sqrt(2 t) a)_+ / (1 - a²)). For a >= 1 the objective
+    is concave between 0 and c, and the minimiser is that of l0, :func:`hard`.
 
     Parameters
     ----------
-    norm : norm of the dictionary's atoms, 0 < norm < 1 (scale the data by the Lipschitz constant).
+    norm : norm of the dictionary's atoms in the units of the gradient step (atom norm times
+        the square root of the step length), above 0. Below 1 whenever that step is shorter
+        than the inverse Lipschitz constant of the fit.
 
-    Source: Soubies, Blanc-Féraud, Aubert 2015, eq. 4.5.
+    Source: Soubies, Blanc-Féraud, Aubert 2015 (SIAM J. Imaging Sci. 8), the proximal operator
+    of CEL0 with unit step.
     """
     _check(step)
-    if not 0 < norm < 1:
-        raise GossamerError(f"norm is {norm!r}; CEL0's operator needs 0 < norm < 1")
+    if not norm > 0:
+        raise GossamerError(f"norm is {norm!r}; the norm of an atom is above 0")
+    if norm >= 1:
+        return hard(v, step)
     shrunk = (v.abs() - (2 * step) ** 0.5 * norm).clamp_min(0) / (1 - norm**2)
     return v.sign() * torch.minimum(v.abs(), shrunk)
 
 
 def half(v: Tensor, step: float) -> Tensor:
-    """l½, f(x) = sqrt|x|: zero below (3/2) step^(2/3), else the cosine formula.
+    """l½, f(x) = sqrt|x|: zero up to (3/2) step^(2/3), else the cosine formula.
 
     Source: Xu et al. 2012, half thresholding, restated for ½ (x - v)².
     """
     _check(step)
     size = v.abs().double()
     cut = 1.5 * step ** (2 / 3)
-    # Stationary point of step sqrt(x) + (x - v)²/2, the largest root of x^{3/2} - v x^{1/2} + step/2.
-    angle = torch.acos((-(step / 4) * (3 / size.clamp_min(1e-300)) ** 1.5).clamp(-1, 1))
-    root = (4 / 3) * size * torch.cos(angle / 3).square()
-    return torch.where(size > cut, v.sign().double() * root, 0.0).to(v.dtype)
+    # With y = sqrt(x) the derivative vanishes where y³ - |v| y + step / 2 = 0; the largest root
+    # of that cubic, in its trigonometric form. Beyond the cut the cosine is above -1 / sqrt(2).
+    cosine = -(step / 4) * (3 / size.clamp_min(max(cut, 1e-30))) ** 1.5
+    root = (4 / 3) * size * torch.cos(torch.acos(cosine) / 3).square()
+    return torch.where(size > cut, v.sign() * root, 0.0).to(v.dtype)
 
 
 def group(v: Tensor, step: float, dim: int = -1) -> Tensor:
     """Group l2, f(x) = ‖x‖₂ over ``dim``: shrink each group's norm by ``step``."""
     _check(step)
-    size = torch.linalg.vector_norm(v, dim=dim, keepdim=True)
-    return v * (1 - step / size.clamp_min(1e-30)).clamp_min(0)
+    size = v.square().sum(dim, keepdim=True).sqrt()
+    return torch.where(size > step, v * (1 - step / size), 0.0)
 
 
 def nuclear(v: Tensor, step: float) -> Tensor:
     """Nuclear norm of a matrix (..., R, C): soft threshold its singular values."""
     _check(step)
-    left, values, right = torch.linalg.svd(v, full_matrices=False)
-    return left * (values - step).clamp_min(0).unsqueeze(-2) @ right
+    left, values, right = torch.svd(v)
+    return left * (values - step).clamp_min(0).unsqueeze(-2) @ right.mH
 
 
 PROX: dict[str, Callable[[Tensor, float], Tensor]] = {

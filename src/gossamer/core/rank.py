@@ -71,7 +71,7 @@ def topk_mask(score: Tensor, keep: int) -> Tensor:
         return mask
     choose = _narrow_rows if columns <= _NARROW else _wide_rows
     step = max(1, _CHUNK // columns)
-    for part, out in zip(score.split(step), mask.split(step), strict=True):
+    for part, out in zip(torch.split(score, step), torch.split(mask, step), strict=True):
         choose(part, keep, out)
     return mask
 
@@ -127,7 +127,7 @@ def _kth_largest(row: Tensor, keep: int) -> Tensor:
 
     After the first count only entries that share the answer's leading bits are looked at.
     """
-    left, parts = keep, row.split(_CHUNK)
+    left, parts = keep, torch.split(row, _CHUNK)
     for shift in _DIGITS[row.dtype][1]:
         counts = torch.zeros(1 << 16, dtype=torch.int64, device=row.device)
         for part in parts:
@@ -135,8 +135,8 @@ def _kth_largest(row: Tensor, keep: int) -> Tensor:
         from_top = counts.flip(0).cumsum(0)
         digit = (1 << 16) - 1 - int(torch.searchsorted(from_top, left))
         left -= int(from_top[(1 << 16) - 1 - digit] - counts[digit])
-        parts = [part[_digit(part, shift) == digit] for part in parts]
-        parts = torch.cat(parts).split(_CHUNK)
+        sharing = [part[_digit(part, shift) == digit] for part in parts]
+        parts = torch.split(torch.cat(sharing), _CHUNK)
     return parts[0][0]
 
 
@@ -151,7 +151,7 @@ def _long_row(row: Tensor, keep: int, mask: Tensor) -> None:
     edge = _kth_largest(row, keep)
     torch.gt(row, edge, out=mask)
     room = keep - int(mask.count_nonzero())
-    for part, out in zip(row.split(_CHUNK), mask.split(_CHUNK), strict=True):
+    for part, out in zip(torch.split(row, _CHUNK), torch.split(mask, _CHUNK), strict=True):
         if room == 0:
             break
         equal = part == edge
@@ -163,9 +163,11 @@ def _long_row(row: Tensor, keep: int, mask: Tensor) -> None:
 
 
 def _mass_mask(score: Tensor, mass: float) -> Tensor:
-    """Fewest entries of each row whose scores, summed in float64, reach a share of the row's sum."""
+    """Fewest entries of each row whose scores, summed in float64, reach a share of its sum."""
     if bool((score < 0).any()):
-        raise GossamerError("a mass budget needs scores of at least 0; take probabilities or |score|")
+        raise GossamerError(
+            "a mass budget needs scores of at least 0; take probabilities or |score|"
+        )
     if mass == 1.0:
         return score > 0  # Not left to the rounding of sums: everything that counts, counts.
     order = torch.argsort(score, dim=1, descending=True, stable=True)

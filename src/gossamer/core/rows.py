@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gossamer.core.errors import GossamerError
+from gossamer.core.rank import topk_mask
 
 __all__ = ["SparseRows"]
 
@@ -38,12 +39,19 @@ class SparseRows:
             )
         if self.indptr is None and (self.values.dim() != 2 or len(self.values) != rows):
             raise GossamerError(
-                f"padded rows of a {self.shape} matrix are ({rows}, W); got {tuple(self.values.shape)}"
+                f"padded rows of a {self.shape} matrix are ({rows}, W); "
+                f"got {tuple(self.values.shape)}"
             )
         if self.indptr is not None and (
-            len(self.indptr) != rows + 1 or int(self.indptr[-1]) != len(self.values)
+            len(self.indptr) != rows + 1
+            or int(self.indptr[0]) != 0
+            or int(self.indptr[-1]) != len(self.values)
+            or bool((self.indptr.diff() < 0).any())
         ):
-            raise GossamerError(f"indptr has {rows + 1} entries, the last {len(self.values)}")
+            raise GossamerError(
+                f"indptr of {rows} rows has {rows + 1} entries that rise from 0 to "
+                f"{len(self.values)}; got {len(self.indptr)} entries"
+            )
         if self.indices.numel() and (
             int(self.indices.max()) >= columns or int(self.indices.min()) < -1
         ):
@@ -59,9 +67,15 @@ class SparseRows:
 
     @classmethod
     def from_topk(cls, dense: Tensor, keep: int) -> "SparseRows":
-        """Padded form of the ``keep`` largest entries of each row, (R, keep)."""
-        values, indices = dense.topk(keep, dim=1)
-        return cls(values, indices, (dense.shape[0], dense.shape[1]))
+        """Padded form of the ``keep`` largest entries of each row, (R, keep).
+
+        Columns ascend within a row; ties go to the lower column; gradients flow to the values.
+        """
+        rows, columns = dense.shape
+        if not 0 <= keep <= columns:
+            raise GossamerError(f"keep is {keep}; rows of {columns} columns keep 0 to {columns}")
+        indices = topk_mask(dense.detach(), keep).nonzero()[:, 1].view(rows, keep)
+        return cls(dense.gather(1, indices), indices, (rows, columns))
 
     def _rows(self) -> Tensor:
         assert self.indptr is not None
@@ -104,7 +118,8 @@ class SparseRows:
         csr = self.to_csr()
         assert csr.indptr is not None
         out = dense.new_zeros(self.shape[0], dense.shape[1])
-        return out.index_add(0, csr._rows(), csr.values[:, None].to(dense.dtype) * dense[csr.indices])
+        terms = csr.values[:, None].to(dense.dtype) * dense[csr.indices]
+        return out.index_add(0, csr._rows(), terms)
 
     @property
     def stored(self) -> int:

@@ -28,6 +28,11 @@ class Schedule(ABC):
         """Sparsity in force at a step (>= 0), and whether the kept set is chosen anew there."""
 
 
+def _check_share(value: float, name: str) -> None:
+    if not 0.0 <= value <= 1.0:
+        raise GossamerError(f"{name} is {value!r}; it is a fraction removed, 0 to 1")
+
+
 def _check_span(start: int, end: int, every: int) -> None:
     if not 0 <= start < end or every < 1:
         raise GossamerError(
@@ -49,6 +54,11 @@ class Constant(Schedule):
     every: int = 0
     end: int | None = None
 
+    def __post_init__(self) -> None:
+        _check_share(self.sparsity, "sparsity")
+        if self.every < 0:
+            raise GossamerError(f"every is {self.every}; give 0 for never, or a number of steps")
+
     def at(self, step: int) -> At:
         if step == 0 or self.every == 0:
             return At(self.sparsity, step == 0)
@@ -59,7 +69,13 @@ class Constant(Schedule):
 class Cubic(Schedule):
     """From ``initial`` to ``sparsity``, fast at first: s_f + (s_i - s_f)(1 - t)^3.
 
-    Source: arXiv 1710.01878, eq. 1.
+    Parameters
+    ----------
+    start, end : steps of the first and the last update.
+    every : steps between updates; in between the sparsity of the last update stays in force.
+
+    Source: arXiv 1710.01878, eq. 1. Departs from the paper: there is always an update at
+    ``end``, also when ``every`` does not divide the span.
     """
 
     sparsity: float
@@ -69,19 +85,18 @@ class Cubic(Schedule):
     initial: float = 0.0
 
     def __post_init__(self) -> None:
+        _check_share(self.sparsity, "sparsity")
+        _check_share(self.initial, "initial")
         _check_span(self.start, self.end, self.every)
 
     def at(self, step: int) -> At:
         if step < self.start:
             return At(self.initial, False)
-        # Between updates the sparsity of the last update stays in force.
-        last = min(self.end, self.start + (step - self.start) // self.every * self.every)
         if step >= self.end:
-            last = self.end
-        t = (last - self.start) / (self.end - self.start)
-        value = self.sparsity + (self.initial - self.sparsity) * (1.0 - t) ** 3
-        due = (step - self.start) % self.every == 0 or step == self.end
-        return At(value, due and step <= self.end)
+            return At(self.sparsity, step == self.end)
+        since = (step - self.start) % self.every
+        t = (step - since - self.start) / (self.end - self.start)
+        return At(self.sparsity + (self.initial - self.sparsity) * (1.0 - t) ** 3, since == 0)
 
 
 @dataclass(frozen=True)
@@ -89,7 +104,7 @@ class Cosine(Schedule):
     """A quantity annealed from ``initial`` to ``final`` by half a cosine.
 
     RigL's drop fraction is ``Cosine(initial=0.3, final=0, ...)``; as a sparsity it rises when
-    ``final`` is larger.
+    ``final`` is larger. The value moves at every step; ``every`` only says when updates are due.
     """
 
     initial: float

@@ -106,10 +106,10 @@ class Selection:
             raise GossamerError("indptr of a selection never decreases")
         if len(indices) and (int(indices.min()) < 0 or int(indices.max()) >= columns):
             raise GossamerError(f"an index of a selection lies outside its {columns} columns")
-        order = torch.repeat_interleave(torch.arange(rows), indptr.diff().cpu()) * columns
-        if bool((torch.diff(order + indices.cpu()) <= 0).any()):
+        starts = torch.repeat_interleave(torch.arange(rows), indptr.diff().cpu()) * columns
+        if bool(((starts + indices.cpu()).diff() <= 0).any()):
             raise GossamerError("indices of a selection ascend within a row, none twice")
-        return cls(tuple(shape), len(indices), _indptr=indptr, _indices=indices)
+        return cls((rows, columns), len(indices), _indptr=indptr, _indices=indices)
 
     @classmethod
     def from_blocks(
@@ -130,12 +130,10 @@ class Selection:
                 f"{shape} in blocks of {block_shape} has {expected} blocks; "
                 f"got {tuple(blocks.shape)}"
             )
-        heights = torch.full((expected[0],), high)
-        heights[-1] = rows - high * (expected[0] - 1)
-        widths = torch.full((expected[1],), wide)
-        widths[-1] = columns - wide * (expected[1] - 1)
+        heights = (rows - high * torch.arange(expected[0])).clamp_max(high)
+        widths = (columns - wide * torch.arange(expected[1])).clamp_max(wide)
         kept = int((blocks.cpu() * heights[:, None] * widths[None, :]).sum())
-        return cls(tuple(shape), kept, _blocks=blocks, _block_shape=tuple(block_shape))
+        return cls((rows, columns), kept, _blocks=blocks, _block_shape=(high, wide))
 
     @classmethod
     def everything(cls, shape: tuple[int, ...], device: torch.device | None = None) -> "Selection":
@@ -160,7 +158,7 @@ class Selection:
         return 1.0 - self.density
 
     def mask(self) -> Tensor:
-        """As a bool tensor of :attr:`shape`, True where kept."""
+        """As a bool tensor of :attr:`shape`, True where kept; the selection's own, not a copy."""
         if self._mask is not None:
             return self._mask
         if self._blocks is not None:
@@ -169,7 +167,8 @@ class Selection:
             high, wide = self._block_shape
             spread = self._blocks.repeat_interleave(high, 0)[:rows]
             return spread.repeat_interleave(wide, 1)[:, :columns]
-        assert self._indptr is not None and self._indices is not None
+        assert self._indptr is not None
+        assert self._indices is not None
         mask = torch.zeros(self.shape, dtype=torch.bool, device=self._indices.device)
         rows = torch.repeat_interleave(
             torch.arange(self.shape[0], device=self._indptr.device), self._indptr.diff()
@@ -225,9 +224,11 @@ class Selection:
             return NotImplemented
         return self.shape == other.shape and bool(torch.equal(self.mask(), other.mask()))
 
-    __hash__ = None  # type: ignore[assignment]
-
     def __repr__(self) -> str:
-        form = "mask" if self._mask is not None else "blocks" if self._blocks is not None else "rows"
+        forms = {"mask": self._mask, "blocks": self._blocks, "rows": self._indices}
+        form = next(name for name, tensor in forms.items() if tensor is not None)
         size = "x".join(map(str, self.shape))
-        return f"Selection({size}, kept {self.kept:,} of {self.total:,}, sparsity {self.sparsity:.4f}, {form})"
+        return (
+            f"Selection({size}, kept {self.kept:,} of {self.total:,}, "
+            f"sparsity {self.sparsity:.4f}, {form})"
+        )

@@ -7,9 +7,6 @@ a checkpoint is ever run.
 
 import json
 import re
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -18,9 +15,9 @@ import transformers
 from safetensors import SafetensorError, safe_open
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.utils import logging as verbosity
 
 from gossamer.core import GossamerError, unknown
+from gossamer.models.quiet import quiet
 
 __all__ = ["Loaded", "find_tokenizer", "load_model", "resolve"]
 
@@ -86,7 +83,7 @@ def load_model(
     config = _check_config(folder)
     pickled = _check_weights(folder, allow_pickle)
     architecture = _architecture(folder, config, kind)
-    with _quiet():
+    with quiet():
         tokenizer = _load_tokenizer(folder, required=kind == "causal")
         model = _load(folder, architecture, number, pickled)
         try:
@@ -144,7 +141,7 @@ def find_tokenizer(model: Any) -> Any:
             "the model was not loaded from anywhere, so its tokenizer is unknown; "
             "give token ids instead of text"
         )
-    with _quiet():
+    with quiet():
         if Path(name).is_dir():
             return _load_tokenizer(Path(name), required=True)
         try:
@@ -153,22 +150,6 @@ def find_tokenizer(model: Any) -> Any:
             raise GossamerError(
                 f"no tokenizer for {name} ({_line(error)}); give token ids instead of text"
             ) from None
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep transformers from printing; its settings are put back."""
-    level, bars = verbosity.get_verbosity(), verbosity.is_progress_bar_enabled()
-    try:
-        verbosity.set_verbosity(verbosity.CRITICAL)
-        verbosity.disable_progress_bar()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        verbosity.set_verbosity(level)
-        if bars:
-            verbosity.enable_progress_bar()
 
 
 def _device(device: str | torch.device) -> torch.device:

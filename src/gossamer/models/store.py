@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from gossamer.core import GossamerError
 from gossamer.models.applied import Applied
+from gossamer.models.quiet import quiet
 
 __all__ = ["MANIFEST", "Stage", "atomic_folder", "read_stages", "save", "write_json"]
 
@@ -113,9 +114,10 @@ def save(
         for name, tensor in state.tensors.items():
             tensors[f"{index}.{name}"] = tensor.detach().cpu().contiguous()
     with atomic_folder(folder) as part:
-        model.save_pretrained(part)  # type: ignore[operator]
-        if tokenizer is not None:
-            tokenizer.save_pretrained(part)
+        with quiet():
+            model.save_pretrained(part)  # type: ignore[operator]
+            if tokenizer is not None:
+                tokenizer.save_pretrained(part)
         if tensors:
             save_file(tensors, part / TENSORS)
         manifest = {"format": FORMAT, "gossamer": version("gossamer"), "stages": stages}

@@ -1,5 +1,6 @@
 """The report: one self-contained HTML page from the rows of a comparison."""
 
 from gossamer.report.build import build, render
+from gossamer.report.run import from_run
 
-__all__ = ["build", "render"]
+__all__ = ["build", "from_run", "render"]

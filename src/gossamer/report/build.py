@@ -13,12 +13,22 @@ from gossamer.core import GossamerError
 from gossamer.report import numbers
 from gossamer.report.charts import quality_chart, series_class, speed_chart
 from gossamer.report.findings import findings, join
-from gossamer.report.layers import layer_maps
+from gossamer.report.layers import heat_key, layer_maps
 from gossamer.report.rows import USABLE, Row, Series, Table
 
 __all__ = ["build", "render"]
 
-_META = ("model", "parameters", "data", "context", "tokens", "commands", "device", "threads", "seconds")
+_META = (
+    "model",
+    "parameters",
+    "data",
+    "context",
+    "tokens",
+    "commands",
+    "device",
+    "threads",
+    "seconds",
+)
 _CLAIM = (
     "method", "claim", "sentence", "experiment", "paper", "ours", "verdict", "seeds", "device",
     "commit", "date", "tier",
@@ -86,7 +96,7 @@ def render(
 ) -> str:
     """The page of :func:`build` as text."""
     table = Table(rows)
-    maps, even, left_out = layer_maps(table.rows)
+    maps, even, left_out = layer_maps(table)
     timed = [r for r in table.rows if r.tokens_per_second is not None]
     drawable = [r for r in timed if r.perplexity is not None]
     verdicts = Counter(str(claim.get("verdict", "")) for claim in claims)
@@ -106,7 +116,7 @@ def render(
         "timed": timed,
         "simulated": [row for row in table.rows if row.simulated],
         "maps": maps,
-        "even": sorted({row.label for row in even}),
+        "even": sorted({table.name(row) for row in even}),
         "maps_left_out": left_out,
         "claims": [{**dict.fromkeys(_CLAIM), **claim} for claim in claims],
         "verdicts": [(name, verdicts[name]) for name in VERDICTS if verdicts[name]],
@@ -160,8 +170,7 @@ def _relative(row: Row, table: Table, field: str) -> str:
     value = getattr(row, field)
     if not base or value is None or row.dense:
         return ""
-    share = value / base
-    return numbers.percent(share, 1 if share != 1 and abs(share - 1) < 0.1 else 0)
+    return numbers.percent(value / base, 0)
 
 
 def _environment() -> Environment:
@@ -176,5 +185,5 @@ def _environment() -> Environment:
         env.filters[name] = getattr(numbers, name)
     env.filters["join_words"] = lambda words: join(list(words)) if words else ""
     env.filters["series_class"] = series_class
-    env.globals["relative"] = _relative
+    env.globals |= {"relative": _relative, "heat_key": heat_key}
     return env

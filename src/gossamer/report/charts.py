@@ -5,7 +5,6 @@ light. Every chart is drawn for a wide and a narrow page; the style sheet shows 
 """
 
 from collections.abc import Sequence
-from math import sqrt
 
 from markupsafe import Markup, escape
 
@@ -20,6 +19,8 @@ COLOURS = 10
 _CAP = 25.0
 """Perplexities beyond this multiple of dense are drawn on the upper edge."""
 _LABEL_GAP = 15.0
+_LETTER = 7.2
+"""Width of a letter at the size of labels in a wide font, pixels."""
 
 
 def series_class(line: Series) -> str:
@@ -37,15 +38,15 @@ def _axes(
         at = y(tick)
         text = f"{tick:,.0f}" if tick >= 10 else f"{tick:.3g}"
         parts.append(tag("line", class_="grid", x1=frame.left, x2=frame.x1, y1=at, y2=at))
-        parts.append(tag("text", text, class_="tick", x=frame.left - 8, y=at + 4, text_anchor="end"))
+        parts.append(
+            tag("text", text, class_="tick", x=frame.left - 8, y=at + 4, text_anchor="end")
+        )
     for value, text in x_ticks:
         at = x(value)
         parts.append(tag("line", class_="axis", x1=at, x2=at, y1=frame.y1, y2=frame.y1 + 4))
         parts.append(tag("text", text, class_="tick", x=at, y=frame.y1 + 18, text_anchor="middle"))
     middle = (frame.left + frame.x1) / 2
-    parts.append(
-        tag("line", class_="axis", x1=frame.left, x2=frame.x1, y1=frame.y1, y2=frame.y1)
-    )
+    parts.append(tag("line", class_="axis", x1=frame.left, x2=frame.x1, y1=frame.y1, y2=frame.y1))
     parts.append(
         tag("text", x_title, class_="title", x=middle, y=frame.height - 6, text_anchor="middle")
     )
@@ -84,7 +85,7 @@ def _marker(kind: str, x: float, y: float, tooltip: str, class_: str) -> Markup:
 def _y_scale(table: Table, rows: Sequence[Row], frame: Frame) -> Scale:
     values = [r.perplexity for r in rows if r.perplexity is not None and r.perplexity > 0]
     base = table.dense.perplexity if table.dense and table.dense.perplexity else None
-    low = min([*values, *([base] if base else [])], default=1.0)
+    low: float = min([*values, base] if base else values, default=1.0)
     high = max([*values, low * 1.25])
     high = min(high, max(_CAP * base, low * 1.25)) if base else high
     margin = (high / low) ** 0.05
@@ -111,7 +112,9 @@ def _path(line: Series, x: Scale, y: Scale) -> Markup:
     return tag("path", class_=f"line {series_class(line)}", d=d)
 
 
-def quality_chart(table: Table, lines: Sequence[Series], unit: str, width: int, height: int) -> Markup:
+def quality_chart(
+    table: Table, lines: Sequence[Series], unit: str, width: int, height: int
+) -> Markup:
     """Perplexity (logarithmic) against the share removed, one line per method.
 
     Lines are named at their right ends; on narrow pages, or beyond 16 lines, by the legend.
@@ -133,7 +136,9 @@ def quality_chart(table: Table, lines: Sequence[Series], unit: str, width: int, 
             parts.append(
                 tag("text", text, class_="label dense", x=frame.x1, y=at - 6, text_anchor="end")
             )
-    box = tag("rect", x=frame.left, y=frame.top, width=frame.x1 - frame.left, height=frame.y1 - frame.top)
+    box = tag(
+        "rect", x=frame.left, y=frame.top, width=frame.x1 - frame.left, height=frame.y1 - frame.top
+    )
     name = f"clip-{unit.replace(' ', '-')}-{width}"
     parts.append(Markup('<clipPath id="{}">{}</clipPath>').format(name, box))
     paths = Markup("").join(_path(line, x, y) for line in lines)
@@ -173,7 +178,12 @@ def _end_labels(ends: Sequence[tuple[str, str, float, float]], frame: Frame) -> 
 def speed_chart(table: Table, width: int, height: int) -> Markup:
     """Perplexity against measured decoding speed; simulated rows have none and are left out."""
     rows = [r for r in table.rows if r.tokens_per_second is not None and r.perplexity is not None]
-    colours = {line.name: series_class(line) for lines in table.series().values() for line in lines}
+    colours = {
+        row.index: series_class(line)
+        for lines in table.series().values()
+        for line in lines
+        for row in line.rows
+    }
     frame = Frame(width, height)
     speeds = [row.tokens_per_second or 0.0 for row in rows]
     low, high = min(speeds), max(speeds)
@@ -182,18 +192,41 @@ def speed_chart(table: Table, width: int, height: int) -> Markup:
     y = _y_scale(table, rows, frame)
     ticks = [(t, rate(t)) for t in linear_ticks(x.low, x.high, 6 if width > 500 else 4)]
     parts = _axes(frame, x, y, ticks, "decoded tokens per second, measured")
-    taken: list[tuple[float, float]] = []
-    for row in sorted(rows, key=lambda r: -(r.perplexity or 0.0)):
-        at, up = x(row.tokens_per_second or 0.0), _place(row, x, y)[1]
-        class_ = "dense" if row.dense else colours.get(row.method, "random")
+    marks = [(x(r.tokens_per_second or 0.0), _place(r, x, y)[1]) for r in rows]
+    taken = [(at - 6, up - 6, at + 6, up + 6) for at, up in marks]
+    # Labels go to the best rows first; one that finds no free place is left to the tooltip.
+    ranked = sorted(zip(rows, marks, strict=True), key=lambda pair: pair[0].perplexity or 0.0)
+    for row, (at, up) in ranked:
+        class_ = "dense" if row.dense else colours[row.index]
         kind = "above" if (row.perplexity or 0.0) > y.high else "diamond" if row.dense else "dot"
         parts.append(_marker(kind, at, up, _tooltip(table, row), class_))
-        # A label is left out where it would lie on another; the tooltip still names the point.
-        if all(sqrt((at - a) ** 2 / 36 + (up - b) ** 2) > 14 for a, b in taken):
-            text = "dense" if row.dense else f"{row.label} {percent(row.achieved)}"
-            end = at > (frame.left + frame.x1) * 0.6
-            anchor = {"x": at - 9 if end else at + 9, "text_anchor": "end" if end else "start"}
-            label = tag("title", text) + escape(clip(text, 26))
-            parts.append(tag("text", label, class_=f"label {class_}", y=up + 4, **anchor))
-            taken.append((at, up))
+        text = "dense" if row.dense else f"{table.name(row)} {percent(row.achieved)}"
+        shown = clip(text, 28)
+        box = _free_place(at, up, len(shown) * _LETTER, taken, frame)
+        if box is not None:
+            taken.append(box)
+            label = tag("title", text) + escape(shown)
+            middle = (box[1] + box[3]) / 2 + 4
+            parts.append(tag("text", label, class_=f"label {class_}", x=box[0], y=middle))
     return svg(frame, "Perplexity against decoded tokens per second", parts)
+
+
+Box = tuple[float, float, float, float]
+
+
+def _free_place(
+    at: float, up: float, width: float, taken: Sequence[Box], frame: Frame
+) -> Box | None:
+    """Right of a point, left of it, above or below: the first place where nothing lies yet."""
+    for left, top in (
+        (at + 9, up - 7),
+        (at - 9 - width, up - 7),
+        (at - 20, up - 24),
+        (at - 20, up + 9),
+    ):
+        box = (left, top, left + width, top + 14)
+        inside = left >= frame.left and box[2] <= frame.width and top >= 0 and box[3] <= frame.y1
+        clear = all(box[2] < b[0] or b[2] < box[0] or box[3] < b[1] or b[3] < box[1] for b in taken)
+        if inside and clear:
+            return box
+    return None

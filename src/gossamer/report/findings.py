@@ -6,8 +6,10 @@ from gossamer.report.rows import TIE, USABLE, Group, Row, Table
 __all__ = ["findings", "join"]
 
 
-def join(words: list[str]) -> str:
-    """``a, b and c``."""
+def join(words: list[str], most: int = 10) -> str:
+    """``a, b and c``; beyond the most, the rest is counted: ``a, b and 7 more``."""
+    if len(words) > most:
+        words = [*words[: most - 1], f"{len(words) - most + 1} more"]
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
 
 
@@ -32,9 +34,11 @@ def _leader(table: Table, group: Group, rows: list[Row]) -> str:
         return ""
     first = rivals[0]
     assert first.perplexity is not None
-    level = [r for r in rivals if r.perplexity is not None and r.perplexity < first.perplexity * TIE]
+    level = [
+        r for r in rivals if r.perplexity is not None and r.perplexity < first.perplexity * TIE
+    ]
     rest = [r for r in rivals if r not in level and r.perplexity is not None]
-    names = join([row.label for row in level])
+    names = join([table.name(row) for row in level])
     value = perplexity(first.perplexity)
     over = table.loss_over_dense(first)
     added = "" if over is None else f", {over:+.2f} nats on dense"
@@ -44,7 +48,7 @@ def _leader(table: Table, group: Group, rows: list[Row]) -> str:
     verb = "is best" if len(level) == 1 else "lead together"
     text = f"{head}, {names} {verb}: perplexity {value}{added}"
     if rest:
-        text += f"; next is {rest[0].label} at {perplexity(rest[0].perplexity)}"
+        text += f"; next is {table.name(rest[0])} at {perplexity(rest[0].perplexity)}"
     return text + "."
 
 
@@ -62,8 +66,10 @@ def _limits(table: Table) -> list[str]:
         if good:
             top = max(good, key=lambda r: r.achieved)
             bad = [row for row in rows if not table.usable(row) and row.achieved > top.achieved]
-            end = f"to {percent(top.achieved)} and break at {percent(bad[0].achieved)}" if bad else (
-                f"at all sparsities tried, up to {percent(top.achieved)}"
+            end = (
+                f"to {percent(top.achieved)} and break at {percent(bad[0].achieved)}"
+                if bad
+                else (f"at all sparsities tried, up to {percent(top.achieved)}")
             )
             held.setdefault(end, []).append(label)
         else:
@@ -88,7 +94,7 @@ def _baseline(table: Table) -> list[str]:
         if chance is None or chance.perplexity is None:
             continue
         worse += [
-            f"{row.label} ({percent(row.sparsity)})"
+            f"{table.name(row)} ({percent(row.sparsity)})"
             for row in rows
             if not row.random and (row.perplexity is None or row.perplexity >= chance.perplexity)
         ]
@@ -104,7 +110,9 @@ def _speeds(table: Table) -> list[str]:
         fast = max(timed, key=lambda r: r.tokens_per_second or 0.0)
         ratio = (fast.tokens_per_second or 0.0) / base
         if ratio > 1.0:
-            text.append(f"Fastest is {fast.label} at {percent(fast.sparsity)}: {ratio:.2f}× dense.")
+            text.append(
+                f"Fastest is {table.name(fast)} at {percent(fast.sparsity)}: {ratio:.2f}× dense."
+            )
         else:
             text.append("No row decodes faster than dense on this machine.")
     if simulated:

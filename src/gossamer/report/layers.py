@@ -7,10 +7,10 @@ from typing import Any
 from markupsafe import Markup
 
 from gossamer.report.numbers import percent
-from gossamer.report.rows import Row
+from gossamer.report.rows import Row, Table
 from gossamer.report.svg import Frame, svg, tag
 
-__all__ = ["LayerMap", "layer_maps"]
+__all__ = ["LayerMap", "heat_key", "layer_maps"]
 
 _CELL, _LEFT, _MOST = 15, 62, 24
 
@@ -25,7 +25,7 @@ class LayerMap:
     svg: Markup
 
 
-def layer_maps(rows: Sequence[Row]) -> tuple[list[LayerMap], list[Row], int]:
+def layer_maps(table: Table) -> tuple[list[LayerMap], list[Row], int]:
     """Maps of the rows whose layers differ.
 
     Returns
@@ -34,7 +34,7 @@ def layer_maps(rows: Sequence[Row]) -> tuple[list[LayerMap], list[Row], int]:
     """
     maps: list[LayerMap] = []
     even: list[Row] = []
-    for row in rows:
+    for row in table.rows:
         values = [float(layer["sparsity"]) for layer in row.layers if _known(layer)]
         if not values:
             continue
@@ -42,8 +42,23 @@ def layer_maps(rows: Sequence[Row]) -> tuple[list[LayerMap], list[Row], int]:
         if max(values) - min(values) < 0.005:
             even.append(row)
         else:
-            maps.append(LayerMap(row, min(values), max(values), _draw(row)))
+            maps.append(LayerMap(row, min(values), max(values), _draw(row, table.name(row))))
     return maps[:_MOST], even, max(0, len(maps) - _MOST)
+
+
+def heat_key(share: float) -> Markup:
+    """A cell of the colour that a share removed has in the maps."""
+    frame = Frame(13, 13)
+    size = {"width": 13, "height": 13}
+    fill = tag("rect", class_="heat", fill_opacity=_opacity(share), **size)
+    return svg(
+        frame, f"colour of {percent(share)}", [tag("rect", class_="heat-back", **size), fill]
+    )
+
+
+def _opacity(share: float) -> float:
+    # Steeper than linear: most layers lie in a narrow range that must still be told apart.
+    return share**1.5
 
 
 def _known(layer: Mapping[str, Any]) -> bool:
@@ -61,7 +76,7 @@ def _grid(layers: Sequence[Mapping[str, Any]]) -> dict[tuple[str, int], list[Map
     return cells
 
 
-def _draw(row: Row) -> Markup:
+def _draw(row: Row, label: str) -> Markup:
     cells = _grid(row.layers)
     roles = list(dict.fromkeys(role for role, _ in cells))
     blocks = sorted({block for _, block in cells})
@@ -78,12 +93,13 @@ def _draw(row: Row) -> Markup:
         tip = f"{name}\n{percent(mean, 1)} removed"
         place = {"x": _LEFT + blocks.index(block) * wide, "y": float(roles.index(role) * _CELL)}
         size = {"width": wide - 1, "height": _CELL - 1.0}
-        # Steeper than linear: most layers lie in a narrow range that must still be told apart.
         back = tag("rect", class_="heat-back", **place, **size)
-        fill = tag("rect", tag("title", tip), class_="heat", fill_opacity=mean**1.5, **place, **size)
+        fill = tag(
+            "rect", tag("title", tip), class_="heat", fill_opacity=_opacity(mean), **place, **size
+        )
         parts += [back, fill]
     for block in {blocks[0], blocks[-1]}:
         middle = _LEFT + (blocks.index(block) + 0.5) * wide
         at = _CELL * len(roles) + 13
         parts.append(tag("text", block, class_="tick", x=middle, y=at, text_anchor="middle"))
-    return svg(frame, f"Sparsity of each layer: {row.label}", parts)
+    return svg(frame, f"Sparsity of each layer: {label}", parts)

@@ -6,6 +6,8 @@ __all__ = ["ABSENT", "count", "duration", "fixed", "megabytes", "percent", "perp
 
 ABSENT = "–"
 """Printed where a figure does not exist."""
+_GLUE = "\u202f"
+"""Narrow space that no line breaks at, between a number and its unit."""
 _RAISED = str.maketrans("0123456789-", "⁰¹²³⁴⁵⁶⁷⁸⁹⁻")
 
 
@@ -27,7 +29,7 @@ def percent(value: float | None, digits: int | None = None) -> str:
         return ABSENT
     if digits is None:
         digits = 0 if abs(value * 100 - round(value * 100)) < 0.05 else 1
-    return f"{value * 100:.{digits}f} %"
+    return f"{value * 100:.{digits}f}{_GLUE}%"
 
 
 def fixed(value: float | None, digits: int, sign: bool = False) -> str:
@@ -45,7 +47,7 @@ def megabytes(value: float | None) -> str:
     for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if value >= size:
             scaled = value / size
-            return f"{scaled:.{2 if scaled < 10 else 1 if scaled < 100 else 0}f} {unit}"
+            return f"{scaled:.{2 if scaled < 10 else 1 if scaled < 100 else 0}f}{_GLUE}{unit}"
     return f"{value:.0f} B"
 
 
@@ -62,7 +64,7 @@ def count(value: float | None) -> str:
         return ABSENT
     for letter, size in (("B", 1e9), ("M", 1e6)):
         if value >= size:
-            return f"{value / size:.2f} {letter}"
+            return f"{value / size:.2f}{_GLUE}{letter}"
     return f"{value:,.0f}"
 
 

@@ -171,6 +171,16 @@ class Table:
     def __init__(self, rows: Sequence[Mapping[str, Any]]) -> None:
         self.rows = [Row.of(index, row) for index, row in enumerate(rows)]
         self.dense = next((row for row in self.rows if row.dense), None)
+        self._names = {
+            row.index: line.label
+            for lines in self.series().values()
+            for line in lines
+            for row in line.rows
+        }
+
+    def name(self, row: Row) -> str:
+        """Short name, with the pattern where the method was run with several."""
+        return self._names.get(row.index, row.label)
 
     def times_dense(self, row: Row) -> float | None:
         """Perplexity as a multiple of dense."""

@@ -57,5 +57,3 @@ def svg(frame: Frame, label: str, parts: Sequence[Markup]) -> Markup:
     return Markup(
         '<svg viewBox="0 0 {0} {1}" width="{0}" height="{1}" role="img" aria-label="{2}">{3}</svg>'
     ).format(frame.width, frame.height, label, Markup("").join(parts))
-
-

@@ -3,7 +3,6 @@
 Shapes: B = batch, H = heads, Q = queries, K = keys.
 """
 
-import torch
 from torch import Tensor
 
 __all__ = ["attention_mass", "positional_window"]
@@ -37,4 +36,4 @@ def positional_window(queries: Tensor, keys: Tensor, sink: int, recent: int) -> 
     """
     query, key = queries.unsqueeze(-1), keys.unsqueeze(-2)
     near = (query - key) < recent
-    return (key >= 0) & (key <= query) & (near | (key < torch.as_tensor(sink)))
+    return (key >= 0) & (key <= query) & (near | (key < sink))

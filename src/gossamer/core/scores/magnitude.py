@@ -38,7 +38,7 @@ def lamp(weight: Tensor) -> Tensor:
     ranked = flat[order]
     # Ties are summed in index order, first index first: the entry that selection keeps first.
     running = ranked.cumsum(0)
-    scored = torch.where(ranked > 0, ranked / running.clamp_min(torch.finfo(torch.double).tiny), 0.0)
+    scored = torch.where(ranked > 0, ranked / running, 0.0)
     out = torch.empty_like(flat)
     out[order] = scored
     return out.view(weight.shape)

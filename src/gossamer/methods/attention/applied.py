@@ -98,7 +98,7 @@ class SparseAttention(Applied):
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        attention_mask: Tensor | None,
+        attention_mask: Tensor | Layout | None,
         scaling: float | None = None,
         dropout: float = 0.0,
         **options: Any,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.core import GossamerError
-from gossamer.methods.attention.layout import LazyMask, Layout
+from gossamer.methods.attention.layout import Layout
 
 __all__ = ["Installation", "layout_mask", "layout_of"]
 
@@ -49,7 +49,8 @@ class Installation:
         self._replaced: list[tuple[nn.Module, str, Any, Any]] = []
         try:
             for table, function in zip(_tables(), (forward, layout_mask), strict=True):
-                table.register(self.name, function)
+                # Which executor runs depends on values, so a compiled model runs it as it is.
+                table.register(self.name, torch.compiler.disable(function))
             self._own_configs(model)
             cast(Any, model).set_attn_implementation(self.name)
         except BaseException:
@@ -114,14 +115,14 @@ def layout_mask(
     q_offset: int | Tensor = 0,
     kv_offset: int = 0,
     mask_function: Callable[..., Tensor] | None = None,
-    attention_mask: Tensor | None = None,
+    attention_mask: Tensor | Layout | None = None,
     local_size: int | None = None,
     allow_is_causal_skip: bool = True,
     use_vmap: bool = False,
     device: torch.device | str | None = None,
     cache_position: Tensor | None = None,
     **options: Any,
-) -> Tensor:
+) -> Tensor | Layout:
     """Make the mask of a call: the layout itself, not evaluated.
 
     The signature is that of transformers' mask functions, both the present one and that of 5.0
@@ -134,6 +135,9 @@ def layout_mask(
     """
     if options.get("allow_is_bidirectional_skip"):
         raise GossamerError("this attention method is causal; the model asks for a bidirectional mask")
+    if isinstance(attention_mask, Layout):
+        # ``generate`` makes the masks of a static cache ahead and hands them back.
+        return attention_mask
     assert mask_function is not None
     if cache_position is not None:
         q_length, q_offset, device = len(cache_position), cache_position[0], cache_position.device
@@ -161,10 +165,41 @@ def layout_mask(
         elementwise=use_vmap,
         device=torch.device(device or "cpu"),
     )
-    return LazyMask.of(layout)
+    if q_length == 1 and not allow_is_causal_skip:
+        return _numbered(layout)
+    return layout
 
 
-def layout_of(mask: Tensor | None, query: Tensor, key: Tensor) -> Layout:
+def _numbered(layout: Layout) -> Tensor:
+    """A single query's layout as a plain tensor, for steps that may be compiled.
+
+    Returns
+    -------
+    int64, (B, 1, 1, K): logical position of every key the query sees, -1 at the others.
+    """
+    query, key = layout.query_index.view(1, 1, 1, 1), layout.key_index.view(1, 1, 1, -1)
+    position = layout.position[:, layout.key_index][:, None, None]
+    numbered = torch.where(layout.sees(query, key), position, -1)
+    return numbered.expand(layout.batch, -1, -1, -1).contiguous()
+
+
+def _from_numbers(numbered: Tensor) -> Layout:
+    """Undo :func:`_numbered`; the query stands where the positions are largest."""
+    position = numbered[:, 0, 0]
+    layout = Layout(
+        len(position),
+        1,
+        position.shape[1],
+        query_offset=int(position.amax(0).argmax()),
+        padding=position >= 0,
+        causal=False,
+        device=position.device,
+    )
+    layout.__dict__["position"] = position
+    return layout
+
+
+def layout_of(mask: Tensor | Layout | None, query: Tensor, key: Tensor) -> Layout:
     """The layout behind the mask an attention function was given.
 
     A ready-made 4-D mask, bool or additive, is read as the model's own rule. It must cover a
@@ -175,8 +210,10 @@ def layout_of(mask: Tensor | None, query: Tensor, key: Tensor) -> Layout:
     GossamerError
         For a ready-made mask over a cache: it does not say where each sequence begins.
     """
-    if isinstance(mask, LazyMask):
-        return mask.geometry
+    if isinstance(mask, Layout):
+        return mask
+    if mask is not None and mask.dtype == torch.int64:
+        return _from_numbers(mask)
     batch, queries, keys = query.shape[0], query.shape[2], key.shape[2]
     if mask is None:
         return Layout(batch, queries, keys, query_offset=keys - queries, device=query.device)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["LazyMask", "Layout"]
+__all__ = ["Layout"]
 
 Rule = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -29,6 +29,9 @@ def causal_rule(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tens
 @dataclass(frozen=True, eq=False)
 class Layout:
     """The geometry of one attention call, shared by all layers that see the same mask.
+
+    It travels through a model in place of the 4-D mask it stands for. It is no tensor: code that
+    computes with masks fails on it instead of going wrong.
 
     Parameters
     ----------
@@ -136,66 +139,23 @@ class Layout:
             self.memo["mask"] = seen.expand(len(seen), 1, self.queries, self.keys)
         return self.memo["mask"]
 
-    def to(self, device: torch.device) -> "Layout":
+    def to(self, device: torch.device | str, **_: object) -> "Layout":
         """The same geometry for tensors on another device."""
         padding = None if self.padding is None else self.padding.to(device)
-        return replace(self, padding=padding, device=device, memo={})
+        return replace(self, padding=padding, device=torch.device(device), memo={})
 
+    # What models, ``generate`` and device hooks ask of a mask on its way to the attention.
 
-_READ = {
-    torch.Tensor.shape.__get__,  # type: ignore[attr-defined]
-    torch.Tensor.dtype.__get__,  # type: ignore[attr-defined]
-    torch.Tensor.device.__get__,  # type: ignore[attr-defined]
-    torch.Tensor.ndim.__get__,  # type: ignore[attr-defined]
-    torch.Tensor.is_cuda.__get__,  # type: ignore[attr-defined]
-    torch.Tensor.requires_grad.__get__,  # type: ignore[attr-defined]
-    torch.Tensor.dim,
-    torch.Tensor.size,
-    torch.Tensor.numel,
-}
-_SAME = {torch.Tensor.contiguous, torch.Tensor.detach}
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Of the mask this stands for."""
+        return self.batch, 1, self.queries, self.keys
 
+    @property
+    def ndim(self) -> int:
+        """4, as of any mask that is ready for the attention."""
+        return 4
 
-class LazyMask(Tensor):
-    """A layout in the clothes of a 4-D mask, so that models and ``generate`` pass it along.
-
-    It holds no elements. Whoever computes with it gets the model's own mask, evaluated then.
-    """
-
-    geometry: Layout
-
-    @staticmethod
-    def of(layout: Layout) -> "LazyMask":
-        """Dress a layout."""
-        flag = torch.ones((), dtype=torch.bool, device=layout.device)
-        shape = (layout.batch, 1, layout.queries, layout.keys)
-        lazy = flag.expand(shape).as_subclass(LazyMask)
-        lazy.geometry = layout
-        return lazy
-
-    @classmethod
-    def __torch_function__(
-        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func in _READ:
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **kwargs)
-        lazy = args[0] if args and isinstance(args[0], LazyMask) else None
-        if lazy is not None and func in _SAME:
-            return lazy
-        if lazy is not None and func is torch.Tensor.to:
-            target = kwargs.get("device", args[1] if len(args) > 1 else None)
-            if isinstance(target, str | int | torch.device) and "dtype" not in kwargs:
-                return LazyMask.of(lazy.geometry.to(torch.device(target)))
-        with torch._C.DisableTorchFunctionSubclass():
-            return func(*_evaluated(args), **_evaluated(kwargs))
-
-
-def _evaluated(value: Any) -> Any:
-    if isinstance(value, LazyMask):
-        mask = value.geometry.mask()
-        return mask.expand(value.geometry.batch, -1, -1, -1)
-    if isinstance(value, dict):
-        return {k: _evaluated(v) for k, v in value.items()}
-    return type(value)(_evaluated(v) for v in value) if isinstance(value, list | tuple) else value
+    def contiguous(self) -> "Layout":
+        """Itself."""
+        return self

@@ -90,10 +90,9 @@ def _steps(index: WindowIndex, block: int) -> list[_Step]:
         mask = mask.expand(-1, -1, rows.stop - rows.start, band.stop - band.start)
         if sinks:
             key = sink_index[:, None, None, :]
-            inside = key.clamp(layout.key_offset, layout.known - 1)
-            # A sink inside the band is read there; one the cache dropped is not read at all.
-            outside = (key >= layout.key_offset) & (key < layout.key_offset + band.start)
-            first = index.keeps(query, inside) & outside
+            # A sink inside the band is read there.
+            outside = key < layout.key_offset + band.start
+            first = index.keeps(query, key.clamp_max(layout.known - 1)) & outside
             first = first.expand(-1, -1, rows.stop - rows.start, -1)
             size = max(len(first), len(mask))
             mask = torch.cat([m.expand(size, -1, -1, -1) for m in (first, mask)], dim=-1)
@@ -109,20 +108,22 @@ def _after_sinks(index: WindowIndex, band: slice) -> slice:
 
 
 def _sink_index(index: WindowIndex) -> Tensor:
-    """(B, S) absolute index of every row's sinks; no more of them than there are keys."""
-    count = min(index.sink, index.layout.keys)
-    return index.layout.first[:, None] + torch.arange(count, device=index.layout.device)
+    """(B, S) absolute index of the first keys still there, as many as may be sinks."""
+    layout = index.layout
+    count = min(index.sink, layout.keys)
+    start = layout.first.clamp_min(layout.key_offset)
+    return start[:, None] + torch.arange(count, device=layout.device)
 
 
 def _sinks(index: WindowIndex, tensor: Tensor) -> Tensor:
     """Keys or values (B, G, K, D) of every row's sinks, (B, G, S, D).
 
-    Sinks that are not among the keys give any row; the masks leave them out.
+    Places beyond the keys give any row; the masks leave them out.
     """
     layout = index.layout
     if layout.padding is None:
         return tensor[:, :, : index.sink]
-    place = (_sink_index(index) - layout.key_offset).clamp(0, layout.keys - 1)
+    place = (_sink_index(index) - layout.key_offset).clamp_max(layout.keys - 1)
     wanted = place[:, None, :, None].expand(-1, tensor.shape[1], -1, tensor.shape[3])
     return tensor.gather(2, wanted)
 

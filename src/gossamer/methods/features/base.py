@@ -22,7 +22,7 @@ from gossamer.methods.features.source import (
 )
 from gossamer.methods.features.splicing import SplicedModel
 from gossamer.methods.features.training import Recipe, train
-from gossamer.models import Inputs, Progress, Tokens, as_tokens, find_sites
+from gossamer.models import Inputs, Progress, as_tokens, find_sites
 
 __all__ = ["DictionaryMethod"]
 
@@ -79,7 +79,7 @@ class DictionaryMethod(Method):
         """How to train; a method overrides this to add its own terms."""
         return Recipe(steps=steps, batch_size=batch_size, lr=self.lr, seed=self.seed)
 
-    def resolved(self, model: nn.Module, source: ActivationSource) -> Self:
+    def resolved(self, source: ActivationSource) -> Self:
         """This method with every open field that a source decides filled in."""
         rows = source.count
         return replace(
@@ -103,7 +103,8 @@ class DictionaryMethod(Method):
             blocks = find_sites(model).blocks
             hook = blocks[len(blocks) // 2]
         find_module(model, hook)
-        data = data if isinstance(data, Inputs | Tokens) else as_tokens(data, model, seed=self.seed)
+        if not isinstance(data, Inputs):
+            data = as_tokens(data, model, seed=self.seed)
         return ActivationSource(model, hook, data, seed=self.seed, sink_multiple=self.sink_multiple)
 
     def fit(
@@ -121,11 +122,13 @@ class DictionaryMethod(Method):
     def _fit(
         self, model: nn.Module, source: ActivationSource, progress: Progress | None
     ) -> tuple[Self, Dictionary]:
-        method = self.resolved(model, source)
+        """The method with every open field filled in, and its dictionary."""
+        method = self.resolved(source)
         assert method.width is not None
         assert method.tokens is not None
         steps = max(1, method.tokens // method.batch_size)
-        recipe = method.recipe(steps, method.batch_size)
+        recipe = method.recipe(steps, method.batch_size).resolved(source.width, method.width)
+        method = replace(method, lr=recipe.lr)
         batches = source.batches(method.batch_size)
         made = train(
             batches, width=method.width, rule=method.rule(), recipe=recipe, progress=progress

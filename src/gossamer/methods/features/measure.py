@@ -46,7 +46,7 @@ def score_rows(dictionary: Dictionary, batches: Iterable[Tensor]) -> DictionaryS
     Raises
     ------
     GossamerError
-        Without rows.
+        Without rows, or when all rows are equal: there is no variance to explain then.
     """
     rows = entries = 0
     error = spread = reconstructed = overlap = 0.0
@@ -67,14 +67,14 @@ def score_rows(dictionary: Dictionary, batches: Iterable[Tensor]) -> DictionaryS
         mean += shift * (len(x) / rows)
         spread += float((x - x.mean(0)).square().sum())
         spread += float(shift.square().sum()) * len(x) * (rows - len(x)) / rows
-    if not rows:
-        raise GossamerError("no activations to measure a dictionary on; give text")
+    if not spread:
+        raise GossamerError(f"{rows} rows of activations do not vary; give more text")
     return DictionaryScore(
         rows=rows,
-        fvu=error / spread if spread else float("nan"),
+        fvu=error / spread,
         l0=entries / rows,
         dead=1 - float(fired.double().mean()),
-        shrinkage=reconstructed / overlap if overlap else float("nan"),
+        shrinkage=reconstructed / overlap if overlap else 0.0,
     )
 
 

@@ -220,6 +220,9 @@ class ActivationSource:
         ----------
         order : of the windows; None for their own.
         """
+        if order is None and self._resident is not None:
+            yield from self._resident.split(self.buffer)
+            return
         order = torch.arange(len(self.data)) if order is None else order
         for at in order.split(self.windows):
             yield self._rows(at)

@@ -4,8 +4,9 @@ The k largest pre-activations stay, so no penalty shrinks them; latents that fal
 brought back by letting them model the error of the others.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from gossamer.core import Card, GossamerError
 from gossamer.methods.features.base import DictionaryMethod
@@ -50,6 +51,8 @@ class TopKSAE(DictionaryMethod):
         departs="no weight averaging, no Multi-TopK; inputs scaled by one number; the window after "
         "which a latent is dead is 5 % of the tokens on small runs",
     )
+
+    example: ClassVar[Mapping[str, Any]] = {"k": 8}
 
     k: int = 32
     aux_k: int | None = None

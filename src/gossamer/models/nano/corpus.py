@@ -101,7 +101,7 @@ def write_atomic(target: Path, data: bytes) -> None:
         raise
 
 
-def permissive_licence(metadata: importlib.metadata.PackageMetadata) -> str | None:
+def permissive_licence(metadata) -> str | None:
     """Name the licence if every statement in the metadata is permissive, else None.
 
     An unclear statement counts as a refusal: a licence text pasted into the field, or no
@@ -120,8 +120,8 @@ def permissive_licence(metadata: importlib.metadata.PackageMetadata) -> str | No
         if line.startswith("License ::") and line.strip() != "License :: OSI Approved"
     ]
     if stated:
-        names = [_CLASSIFIERS.get(one) for one in stated]
-        return " AND ".join(dict.fromkeys(names)) if all(names) else None
+        names = [_CLASSIFIERS[one] for one in stated if one in _CLASSIFIERS]
+        return " AND ".join(dict.fromkeys(names)) if len(names) == len(stated) else None
     text = (metadata.get("License") or "").strip()
     if text.upper() in _PERMISSIVE:
         return text
@@ -188,10 +188,12 @@ def collect(folders: Iterable[Path], most: int = 16_000_000) -> list[Package]:
             if ".." in path.parts or path.is_absolute():
                 continue
             if "dist-info" in path.parts[0] and _LICENCE_FILE.search(path.name):
-                notices.append(Path(dist.locate_file(entry)).read_text("utf-8", errors="replace"))
+                notices.append(
+                    Path(str(dist.locate_file(entry))).read_text("utf-8", errors="replace")
+                )
             if path.suffix != ".py" or any(_VENDORED.match(part) for part in path.parts):
                 continue
-            source = Path(dist.locate_file(entry))
+            source = Path(str(dist.locate_file(entry)))
             text = clean(source.read_bytes()) if source.is_file() else None
             if text is None:
                 continue

@@ -21,9 +21,9 @@ import numpy as np
 if __package__:
     from gossamer.models.nano import card, corpus, tokenizer
 else:  # run as a plain file, where this folder is on the path and gossamer may not be
-    import card
-    import corpus
-    import tokenizer
+    import card  # pyright: ignore[reportMissingImports]
+    import corpus  # pyright: ignore[reportMissingImports]
+    import tokenizer  # pyright: ignore[reportMissingImports]
 
 SHAPE = {
     "vocab_size": 4096,
@@ -115,6 +115,8 @@ class Windows:
     """
 
     def __init__(self, tokens, context: int, batch: int, seed: int):
+        import torch
+
         self.tokens, self.context, self.batch, self.seed = tokens, context, batch, seed
         self.per_epoch = (len(tokens) - 1 - context) // context // batch
         if self.per_epoch < 1:
@@ -122,7 +124,7 @@ class Windows:
                 f"{len(tokens)} tokens do not fill one batch of {batch} windows of {context}: "
                 "use a larger corpus, or a smaller --batch or --context"
             )
-        self._epoch, self._starts = -1, None
+        self._epoch, self._starts = -1, torch.zeros(0, dtype=torch.long)
 
     def at(self, step: int):
         """Inputs and targets of a step, each of shape (batch, context)."""
@@ -240,9 +242,9 @@ def new_model(shape: dict, seed: int):
     # variance does not grow with depth.
     scale = 1.0 / math.sqrt(2 * config.num_hidden_layers)
     with torch.no_grad():
-        for layer in model.model.layers:
-            layer.self_attn.o_proj.weight *= scale
-            layer.mlp.down_proj.weight *= scale
+        for name, weight in model.named_parameters():
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                weight *= scale
     return model
 
 
@@ -259,7 +261,8 @@ def train(options: argparse.Namespace) -> dict:
     tokens, val, meta, members = corpus.load(options.corpus)
     lengths = tokenizer.token_bytes(members["tokenizer.json"])
     shape = {**SHAPE, "vocab_size": meta["vocabulary"], **options.shape}
-    model = new_model(shape, options.seed).to(device).train()
+    model = new_model(shape, options.seed)
+    torch.nn.Module.to(model, device).train()
     parameters = sum(one.numel() for one in model.parameters())
     windows = Windows(
         torch.from_numpy(tokens.astype(np.int32)).to(device),
@@ -386,9 +389,8 @@ def train(options: argparse.Namespace) -> dict:
 
     options.out.mkdir(parents=True, exist_ok=True)
     export(model, shape, members, options.out)
-    final = (
-        AutoModelForCausalLM.from_pretrained(options.out, dtype=torch.bfloat16).to(device).eval()
-    )
+    final = AutoModelForCausalLM.from_pretrained(options.out, dtype=torch.bfloat16).eval()
+    torch.nn.Module.to(final, device)
     record = {
         "parameters": parameters,
         "shape": shape,
@@ -501,7 +503,7 @@ def store(record: dict, out: Path) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Run one step from the command line."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    parser = argparse.ArgumentParser(prog="train", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(prog="train", description=str(__doc__).split("\n\n")[0])
     steps = parser.add_subparsers(dest="step", required=True)
     form = argparse.ArgumentDefaultsHelpFormatter
 

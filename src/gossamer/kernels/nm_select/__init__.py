@@ -1,0 +1,1 @@
+"""N:M selection: ``keep`` of every ``of`` consecutive scores."""

@@ -1,0 +1,221 @@
+"""The command line as a user meets it: help, JSON, and one clear line for bad input."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from gossamer.cli.main import main
+from gossamer.core import systems
+from gossamer.models import find_sites
+
+SMALL = ["--samples", "2", "--length", "64"]
+
+
+def run(capsys, *words):
+    status = main([str(word) for word in words])
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def fails(capsys, *words):
+    """The one line that a bad call prints."""
+    status, out, err = run(capsys, *words)
+    assert status == 2
+    assert out == ""
+    lines = err.strip().splitlines()
+    assert len(lines) == 1, err
+    assert "Traceback" not in err
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    "verb", [[], ["methods"], ["sparsify"], ["compare"], ["evaluate"], ["claim"], ["recipe", "run"], ["report"]]
+)
+def test_help_reads_well(capsys, verb):
+    status, out, _ = run(capsys, *verb, "--help")
+    assert status == 0
+    assert "Usage" in out
+    assert ":param" not in out
+
+
+def test_methods_as_json_carry_every_column(capsys):
+    status, out, _ = run(capsys, "methods", "--json")
+    rows = {row["key"]: row for row in json.loads(out)}
+    assert status == 0
+    assert set(rows) >= {"random", "magnitude", "lamp", "wanda", "teal", "streaming_llm", "topk_sae"}
+    titles = {s.title: s.id for s in systems().values()}
+    for row in rows.values():
+        assert {"family", "name", "title", "system", "year", "arxiv", "when", "needs", "verdict"} <= set(row)
+        assert row["system"] == titles.get(row["title"])
+    assert rows["wanda"]["needs"] == ["input_l2"]
+    assert rows["wanda"]["arxiv"] == "2306.11695"
+
+
+def test_methods_filter_by_family(capsys):
+    _, out, _ = run(capsys, "methods", "--family", "attention", "--json")
+    assert {row["family"] for row in json.loads(out)} == {"attention"}
+    assert "did you mean weights" in fails(capsys, "methods", "--family", "weigths")
+
+
+def test_sparsify_saves_what_plain_transformers_reads(capsys, tmp_path):
+    out = tmp_path / "sparse"
+    status, text, _ = run(
+        capsys, "sparsify", "nano", "wanda", "--pattern", "2:4", "--out", out, "--json", *SMALL
+    )
+    assert status == 0
+    report = json.loads(text)
+    assert report["sparsity"] == pytest.approx(0.5)
+    assert report["saved"] == str(out)
+    model = AutoModelForCausalLM.from_pretrained(out)
+    for site in find_sites(model).sites:
+        assert ((site.weight(model).reshape(-1, 4) != 0).sum(1) <= 2).all()
+    status, text, _ = run(
+        capsys, "evaluate", out, "--windows", "2", "--length", "64", "--no-timed", "--json"
+    )
+    assert status == 0
+    assert json.loads(text)["footprint"]["sparsity"] == pytest.approx(0.5, abs=0.01)
+
+
+def test_sparsify_takes_the_methods_own_fields(capsys):
+    _, text, _ = run(
+        capsys, "sparsify", "nano", "magnitude", "--sparsity", "0.6", "--allocation", "erk", "--json", *SMALL
+    )
+    report = json.loads(text)
+    assert report["method"]["allocation"] == "erk"
+    assert len({round(row["sparsity"], 3) for row in report["rows"]}) > 1
+
+
+def test_compare_prints_a_table_and_makes_the_page(capsys, tmp_path):
+    words = [
+        "compare", "nano", "--methods", "magnitude", "--out", tmp_path / "run", "--no-timed",
+        "--windows", "2", *SMALL,
+    ]  # fmt: skip
+    status, out, _ = run(capsys, *words)
+    assert status == 0
+    assert all(word in out for word in ("dense", "random", "magnitude", "simulated", "index.html"))
+    page = (tmp_path / "run" / "index.html").read_text()
+    assert "magnitude" in page
+    status, out, _ = run(capsys, *words, "--json")
+    assert [row["method"] for row in json.loads(out)] == ["dense", "random", "magnitude"]
+    status, out, _ = run(capsys, "report", tmp_path / "run", "--json")
+    assert json.loads(out) == {"page": str(tmp_path / "run" / "index.html")}
+
+
+def test_claim_prints_paper_and_ours(capsys, tmp_path):
+    status, out, _ = run(capsys, "claim", "lamp", "--out", tmp_path)
+    assert status in (0, 1)
+    assert "paper" in out
+    assert "ours" in out
+    (record,) = json.loads((tmp_path / "claims" / "lamp.smoke.json").read_text())
+    assert record["seeds"] == [0, 1, 2]
+    assert record["commit"]
+    assert len(record["figures"]) == 3
+
+
+def test_recipe_runs_and_saves(capsys, tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(
+        "model: nano\nsamples: 2\nlength: 64\nout: made\nstages:\n"
+        "- method: wanda\n  sparsity: 0.5\n- method: teal\n  sparsity: 0.25\n"
+    )
+    status, out, _ = run(capsys, "recipe", "run", file)
+    assert status == 0
+    assert "wanda" in out
+    assert "teal" in out
+    assert (tmp_path / "made" / "gossamer.json").is_file()
+    assert "not empty" in fails(capsys, "recipe", "run", file)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["sparsfy", "nano", "wanda"], "did you mean sparsify"),
+        (["sparsify", "nano", "wandda"], "did you mean wanda"),
+        (["sparsify", "nano", "wanda", "--sparsity", "1.5"], "sparsity is 1.5"),
+        (["sparsify", "nano", "wanda", "--sparsity", "-0.1"], "-0.1"),
+        (["sparsify", "nano", "wanda", "--sparsity", "nan"], "sparsity is nan"),
+        (["sparsify", "nano", "wanda", "--sparsity", "half"], "half"),
+        (["sparsify", "nano", "wanda", "--pattern", "2;4"], "unknown pattern"),
+        (["sparsify", "nano", "wanda", "--pattern", "2:5"], "divisible by 5"),
+        (["sparsify", "nano", "wanda", "--sparsety", "0.5"], "did you mean sparsity"),
+        (["sparsify", "nano", "teal", "--pattern", "row"], "pattern"),
+        (["sparsify", "/no/such/model", "wanda"], "/no/such/model"),
+        (["sparsify", "nano", "wanda", "--data", "/no/such/text"], "/no/such/text"),
+        (["sparsify", "nano", "wanda", "--dtype", "int3"], "int3"),
+        (["sparsify", "nano"], "method"),
+        (["compare", "nano", "--methods", "wanda", "--sparsity", "0.5,x"], "'x'"),
+        (["compare", "nano", "--methods", ","], "no method"),
+        (["compare", "nano", "--methods", "wanda", "--engine", "slurm"], "slurm"),
+        (["compare", "nano", "--methods", "wanda", "--jobs", "0"], "jobs is 0"),
+        (["claim"], "name one method, or give --all"),
+        (["claim", "wandda"], "did you mean wanda"),
+        (["recipe", "run", "/no/such/recipe.yaml"], "cannot read"),
+        (["report", "/no/such/run"], "/no/such/run"),
+    ],
+)
+def test_bad_input_is_one_clear_line(capsys, words, message):
+    assert message in fails(capsys, *words)
+
+
+def test_bad_models_and_texts_are_named(capsys, tmp_path):
+    def refused(path):
+        return fails(capsys, "sparsify", path, "magnitude", "--out", tmp_path / "out")
+
+    (tmp_path / "empty").mkdir()
+    assert "empty" in refused(tmp_path / "empty")
+    half = tmp_path / "half"
+    half.mkdir()
+    (half / "config.json").write_text('{"model_type": "llama"}')
+    assert "half" in refused(half)
+    (half / "pytorch_model.bin").write_bytes(b"x")
+    assert "allow" in refused(half)
+    text = tmp_path / "text"
+    for content in (b"", b"\x00\xff\x00\xfe" * 50, b"too short"):
+        text.write_bytes(content)
+        assert str(text) in fails(capsys, "sparsify", "nano", "wanda", "--data", text)
+    assert not (tmp_path / "out").exists()
+
+
+def test_unwritable_and_full_folders(capsys, tmp_path):
+    file = tmp_path / "file"
+    file.write_text("x")
+    assert "cannot write" in fails(capsys, "sparsify", "nano", "magnitude", "--out", file / "in")
+    assert "not empty" in fails(capsys, "sparsify", "nano", "magnitude", "--out", tmp_path)
+    assert "cannot write" in fails(
+        capsys, "compare", "nano", "--methods", "wanda", "--out", file / "in"
+    )
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_closed_pipe_is_quiet():
+    code = f"{sys.executable} -m gossamer.cli.main methods --json | head -c 10"
+    done = subprocess.run(["bash", "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stderr == ""
+
+
+def test_ctrl_c_leaves_nothing_half_written(tmp_path):
+    words = ["sparsify", "nano", "wanda", "--out", str(tmp_path / "out")]
+    child = subprocess.Popen(
+        [sys.executable, "-m", "gossamer.cli.main", *words],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    time.sleep(9)
+    child.send_signal(signal.SIGINT)
+    _, err = child.communicate(timeout=60)
+    if child.returncode != 0:
+        assert child.returncode == 130
+        assert "interrupted" in err
+        assert "Traceback" not in err
+        assert list(tmp_path.iterdir()) == []
+
+
