@@ -38,7 +38,9 @@ def clock(function: Callable[[], Tensor]) -> float:
     return time.perf_counter() - begin
 
 
-def paired(first: Callable[[], Tensor], second: Callable[[], Tensor], repeats: int) -> tuple[float, float]:
+def paired(
+    first: Callable[[], Tensor], second: Callable[[], Tensor], repeats: int
+) -> tuple[float, float]:
     """Median seconds of the first, and median over pairs of first / second."""
     first(), second()
     times, ratios = [], []
@@ -59,7 +61,11 @@ def measure(
 
     def layout() -> Layout:
         return Layout(
-            len(call.query), queries, length, query_offset=length - queries, device=call.query.device
+            len(call.query),
+            queries,
+            length,
+            query_offset=length - queries,
+            device=call.query.device,
         )
 
     kept, full = WindowIndex(layout(), sink, recent), WindowIndex(layout(), sink, EVERYTHING)

@@ -99,7 +99,7 @@ def test_compare_prints_a_table_and_makes_the_page(capsys, tmp_path):
     ]  # fmt: skip
     status, out, _ = run(capsys, *words)
     assert status == 0
-    assert all(word in out for word in ("dense", "random", "magnitude", "simulated", "index.html"))
+    assert all(word in out for word in ("dense", "random", "magnitude", "sim.", "report:"))
     page = (tmp_path / "run" / "index.html").read_text()
     assert "magnitude" in page
     status, out, _ = run(capsys, *words, "--json")
@@ -177,9 +177,13 @@ def test_bad_models_and_texts_are_named(capsys, tmp_path):
     (half / "pytorch_model.bin").write_bytes(b"x")
     assert "allow" in refused(half)
     text = tmp_path / "text"
-    for content in (b"", b"\x00\xff\x00\xfe" * 50, b"too short"):
+    for content, message in (
+        (b"", str(text)),
+        (b"\x00\xff\x00\xfe" * 50, str(text)),
+        (b"too short", "one window needs 1024"),
+    ):
         text.write_bytes(content)
-        assert str(text) in fails(capsys, "sparsify", "nano", "wanda", "--data", text)
+        assert message in fails(capsys, "sparsify", "nano", "wanda", "--data", text)
     assert not (tmp_path / "out").exists()
 
 

@@ -252,8 +252,14 @@ def test_window_refuses_budgets_and_shapes():
 
 @pytest.mark.parametrize(
     ("pattern", "shape"),
-    [(NM(2, 4), (4, 6)), (NM(2, 4), ()), (Block(2, 2), (3, 4)), (Channels(), (4,)), (Window(), (5, 4))],
-)  # fmt: skip
+    [
+        (NM(2, 4), (4, 6)),
+        (NM(2, 4), ()),
+        (Block(2, 2), (3, 4)),
+        (Channels(), (4,)),
+        (Window(), (5, 4)),
+    ],
+)
 def test_shapes_are_refused_before_anything_is_scored(pattern: Pattern, shape: tuple[int, ...]):
     with pytest.raises(GossamerError):
         pattern.check_shape(shape)

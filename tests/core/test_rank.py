@@ -105,7 +105,9 @@ def test_protected_entries_stay_and_count(values: list[list[float]], keep: int, 
 
 
 def test_too_many_protected_is_an_error_with_both_numbers():
-    with pytest.raises(GossamerError, match="3 entries of a row are protected but the budget keeps 2"):
+    with pytest.raises(
+        GossamerError, match="3 entries of a row are protected but the budget keeps 2"
+    ):
         select_rows(torch.zeros(2, 4), Budget(keep=2), torch.tensor([[1, 1, 1, 0], [0] * 4]).bool())
 
 
@@ -134,8 +136,9 @@ def test_mass_keeps_the_fewest_that_reach_it(values: list[int], mass: float):
     mask = select_rows(torch.tensor([values], dtype=torch.float64), Budget(mass=mass))[0]
     kept = int(mask.sum())
     ranked = sorted(values, reverse=True)
-    assert sorted((v for v, m in zip(values, mask.tolist(), strict=True) if m), reverse=True) == (
-        ranked[:kept]
+    assert (
+        sorted((v for v, m in zip(values, mask.tolist(), strict=True) if m), reverse=True)
+        == (ranked[:kept])
     )
     assert sum(ranked[:kept]) >= mass * sum(values)
     assert kept == 0 or sum(ranked[: kept - 1]) < mass * sum(values)

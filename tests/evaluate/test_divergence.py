@@ -48,8 +48,13 @@ def log_probs(model: nn.Module, tokens: Tokens) -> Tensor:
 def test_worked_rows():
     p = torch.tensor([[0.5, 0.5], [1.0, 0.0], [0.5, 0.5]]).log()
     q = torch.tensor([[0.25, 0.75], [0.5, 0.5], [1.0, 0.0]]).log()
+    exact = p.double(), q.double()
+    kept = exact[0].clone(), exact[1].clone()
     wanted = [0.5 * log(2) + 0.5 * log(2 / 3), log(2), inf]
     assert kl_divergence(p, q).tolist() == pytest.approx(wanted)
+    assert kl_divergence(*exact).tolist() == pytest.approx(wanted)
+    assert torch.equal(exact[0], kept[0])
+    assert torch.equal(exact[1], kept[1])
 
 
 @given(seed=st.integers(0, 10**6), width=st.integers(2, 50), noise=st.floats(0, 30))
@@ -134,6 +139,18 @@ def test_misuse(dense: nn.Module, tokens: Tokens):
     reference.close()
     with pytest.raises(GossamerError, match="closed"):
         score(dense, tokens, reference=reference)
+
+
+def test_another_vocabulary_is_refused_and_nothing_stays_switched(dense: nn.Module, tokens: Tokens):
+    other = tiny_model("llama")
+    other.lm_head = nn.Linear(32, 130, bias=False)
+    with Reference.record(dense, tokens) as reference:
+        with pytest.raises(
+            GossamerError, match="vocabulary of 128, the model one of 130"
+        ) as caught:
+            score(other, tokens, reference=reference)
+        assert torch.is_grad_enabled()
+    del caught
 
 
 def test_a_full_disk_is_one_clear_line(

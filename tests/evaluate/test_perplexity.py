@@ -89,7 +89,7 @@ def test_batch_size_and_chunks_do_not_matter(model: nn.Module, monkeypatch: pyte
     tokens = full(text(7, 16))
     whole = score(model, tokens, batch_size=7)
     assert score(model, tokens, batch_size=2).loss == pytest.approx(whole.loss, abs=1e-6)
-    monkeypatch.setattr(forward_module, "CHUNK_BYTES", 5 * 128 * 4)
+    monkeypatch.setitem(forward_module.CHUNK_BYTES, "cpu", 5 * 128 * 4)
     monkeypatch.setattr(forward_module, "LOGIT_BYTES", 3 * 16 * 128 * 4)
     seen: list[tuple[int, int, str]] = []
     small = score(model, tokens, batch_size=7, progress=lambda *event: seen.append(event))
@@ -106,6 +106,20 @@ def test_mode_and_gradients_are_put_back():
     score(model, full(text(1, 8)))
     assert {name: module.training for name, module in model.named_modules()} == before
     assert torch.is_grad_enabled()
+
+
+def test_an_error_on_the_way_puts_them_back_too():
+    model = tiny_model("llama")
+    model.train()
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) as caught:
+        score(model, full(text(4, 8)), batch_size=2, progress=stop)
+    assert torch.is_grad_enabled()
+    assert model.training
+    del caught
 
 
 class Fixed(nn.Module):

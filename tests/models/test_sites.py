@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from tests.models.tiny import ARCHITECTURES, DECODERS, tiny_model
 from torch import nn
 from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM, T5Config, T5Model
 
 from gossamer.core import ROLES, GossamerError, UnsupportedModel
 from gossamer.models import SiteMap, Tokens, find_sites
-from tests.models.tiny import ARCHITECTURES, DECODERS, tiny_model
 
 SEPARATE = {
     "attention.q": (32, 32),

@@ -168,7 +168,7 @@ def tiny_tokenizer(*, bos: bool = False) -> PreTrainedTokenizerFast:
     characters = [chr(code) for code in range(32, 127)] + ["\n", "\t"]
     words = ["<pad>", "<bos>", "<eos>", "<unk>", *characters]
     core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.Split(Regex(r"(?s)."), behavior="isolated")
+    core.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
     if bos:
         core.post_processor = processors.TemplateProcessing(
             single="<bos> $A", special_tokens=[("<bos>", 1)]

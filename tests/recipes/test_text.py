@@ -9,6 +9,9 @@ from gossamer.recipes import text
 
 
 def test_scalars():
+    assert text.parse("{model: nano, a: nullable, b: truer, c: ~x, d: 1a}") == {
+        "model": "nano", "a": "nullable", "b": "truer", "c": "~x", "d": "1a",
+    }  # fmt: skip
     assert text.parse("pattern: 2:4") == {"pattern": "2:4"}
     values = text.parse("{a: 1, b: 0.5, c: true, d: null, e: yes, f: 1e-3, g: 2001-01-01, h: ~}")
     assert values == {

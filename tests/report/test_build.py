@@ -207,6 +207,16 @@ def test_only_simulated_rows_are_explained():
     assert "which leaves dense at 50.0 tokens/s" in section
 
 
+@pytest.mark.parametrize(
+    ("model", "title"),
+    [("nano", "nano"), ("/a/b/ref-20m/", "ref-20m"), ("./ref", "ref"), ("org/model", "org/model")],
+)
+def test_a_folder_is_titled_by_its_name(model: str, title: str):
+    page = render(results(), [], {"model": model})
+    assert f"<h1>{title}</h1>" in page
+    assert f"<dd>{model}</dd>" in page
+
+
 def test_a_dense_row_that_is_broken_or_missing():
     parse(render([row("dense", 0, None, simulated=False), row("a", 0.5, 9.0)], [], META))
     parse(render([row("a", 0.5, 9.0), row("b", 0.5, None)], [], META))

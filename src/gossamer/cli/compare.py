@@ -68,7 +68,8 @@ def compare(
     calibration
         Text to calibrate on.
     out
-        Folder for the records, rows.json and the report page index.html.
+        Folder for the records, rows.json and the report page index.html. An unfinished run
+        there is resumed: nothing that ended is run again.
     samples
         Calibration windows.
     length

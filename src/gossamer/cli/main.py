@@ -21,15 +21,38 @@ app = App(
     name="gossamer",
     help="Make neural networks sparse: choose a method, measure what it costs, take it away.",
     version=__version__,
+    suppress_keyboard_interrupt=False,
     help_format="markdown",
 )
-app.command("gossamer.cli.catalogue:methods")
-app.command("gossamer.cli.sparsify:sparsify")
-app.command("gossamer.cli.compare:compare")
-app.command("gossamer.cli.evaluate:evaluate")
-app.command("gossamer.cli.claim:claim")
-app.command("gossamer.cli.recipe:app", name="recipe")
-app.command("gossamer.cli.report:report")
+app.command(
+    "gossamer.cli.catalogue:methods",
+    help="List the methods with their papers and how their claims came out.",
+)
+app.command(
+    "gossamer.cli.sparsify:sparsify",
+    help="Apply one method to a model and save the result.",
+)
+app.command(
+    "gossamer.cli.compare:compare",
+    help="Compare methods on one model, with dense and random beside them.",
+)
+app.command(
+    "gossamer.cli.evaluate:evaluate",
+    help="Measure a model: perplexity, size, speed.",
+)
+app.command(
+    "gossamer.cli.claim:claim",
+    help="Run the papers' claims, scaled down.",
+)
+app.command(
+    "gossamer.cli.recipe:app",
+    name="recipe",
+    help="Apply several methods to one model, as a YAML file says.",
+)
+app.command(
+    "gossamer.cli.report:report",
+    help="Build the page of a comparison.",
+)
 
 
 def _line(error: BaseException) -> str:

@@ -7,6 +7,7 @@ Shapes: P = positions of the reference, K = scored tokens of a chunk, V = vocabu
 
 import os
 import tempfile
+from contextlib import closing
 from dataclasses import dataclass
 from math import nan
 from typing import Self
@@ -39,10 +40,13 @@ def kl_divergence(dense: Tensor, sparse: Tensor) -> Tensor:
     normalised rows, and make every term at least 0, so that rounding of the fp32 inputs enters
     squared and equal rows give exactly 0.
     """
-    log_p, log_q = dense.double(), sparse.double()
-    p, q = log_p.exp(), log_q.exp()
-    terms = torch.where(p > 0, p * (log_p - log_q), 0.0) - p + q
-    return terms.sum(-1)
+    terms = dense.to(torch.float64, copy=True)
+    log_q = sparse.to(torch.float64, copy=True)
+    p = terms.exp()
+    # Where p is 0 the term is 0, also when both logarithms are infinite. In place: the passes
+    # over memory cost more than the arithmetic.
+    terms.sub_(log_q).mul_(p).masked_fill_(p == 0, 0.0)
+    return terms.sub_(p).add_(log_q.exp_()).sum(-1)
 
 
 class Comparison:
@@ -129,19 +133,20 @@ class Reference:
         cut = windows(tokens, stride)
         losses, store = LossSum(), None
         positions = torch.empty(0, dtype=torch.int64)
-        chunks = log_probabilities(
+        run = log_probabilities(
             model, cut, batch_size=batch_size, progress=progress, what="recording dense"
         )
         try:
-            for chunk in chunks:
-                if store is None:
-                    count = min(cut.count, max_bytes // (4 * chunk.log_probs.shape[1]))
-                    store = _Store(count, chunk.log_probs.shape[1], max_bytes)
-                    positions = torch.arange(count) * cut.count // count
-                losses.add(chunk)
-                low, high = _between(positions, chunk.start, chunk.start + len(chunk.targets))
-                index = (positions[low:high] - chunk.start).to(chunk.log_probs.device)
-                store.write(low, chunk.log_probs[index])
+            with closing(run) as chunks:
+                for chunk in chunks:
+                    if store is None:
+                        count = min(cut.count, max_bytes // (4 * chunk.log_probs.shape[1]))
+                        store = _Store(count, chunk.log_probs.shape[1], max_bytes)
+                        positions = torch.arange(count) * cut.count // count
+                    losses.add(chunk)
+                    low, high = _between(positions, chunk.start, chunk.start + len(chunk.targets))
+                    index = (positions[low:high] - chunk.start).to(chunk.log_probs.device)
+                    store.write(low, chunk.log_probs[index])
         except BaseException:
             if store is not None:
                 store.close()

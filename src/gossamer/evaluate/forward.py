@@ -4,7 +4,7 @@ Shapes: B = batch, T = tokens, V = vocabulary, K = scored tokens of a chunk.
 """
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -19,8 +19,11 @@ __all__ = ["Chunk", "Decoder", "device_of", "evaluating", "log_probabilities"]
 
 LOGIT_BYTES = 512 * 2**20
 """Most bytes of logits asked of a model at once, unless one window needs more."""
-CHUNK_BYTES = 64 * 2**20
-"""Most bytes of fp32 log-probabilities made at once, unless one token needs more."""
+CHUNK_BYTES = {"cpu": 2 * 2**20}
+"""Most bytes of fp32 log-probabilities made at once, by kind of device; 64 MiB elsewhere.
+
+On a CPU a chunk that stays in its cache is ten times faster than one that does not.
+"""
 
 
 class Chunk(NamedTuple):
@@ -77,12 +80,13 @@ def log_probabilities(
     batch_size: int = 8,
     progress: Progress | None = None,
     what: str = "scoring",
-) -> Iterator[Chunk]:
+) -> Generator[Chunk, None, None]:
     """Predict every scored token of some windows, in order, in bounded memory.
 
     Batches are cut so that one batch's logits take at most 512 MiB (never below one window),
-    and turned into fp32 log-probabilities at most 64 MiB at a time, only where a token is
-    scored: a vocabulary of 150,000 does not need the (B, T, V) tensor twice.
+    and turned into fp32 log-probabilities a few MiB at a time, only where a token is scored: a
+    vocabulary of 150,000 does not need the (B, T, V) tensor twice. Gradients are off and the
+    model is in evaluation mode until the iterator ends: wrap it in ``contextlib.closing``.
 
     Parameters
     ----------
@@ -105,7 +109,8 @@ def log_probabilities(
             ids = inputs["input_ids"]
             logits = _logits(model(**inputs, use_cache=False), *ids.shape)
             rows, columns = scored.nonzero(as_tuple=True)
-            step = max(1, CHUNK_BYTES // (4 * logits.shape[-1]))
+            chunk = CHUNK_BYTES.get(ids.device.type, 64 * 2**20)
+            step = max(1, chunk // (4 * logits.shape[-1]))
             for low in range(0, len(rows), step):
                 row, column = rows[low : low + step], columns[low : low + step]
                 picked = logits[row, column - 1].float()

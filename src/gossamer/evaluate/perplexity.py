@@ -1,5 +1,6 @@
 """Perplexity: how surprised a model is by text, and how far it moved from the dense one."""
 
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from math import exp
 from typing import TYPE_CHECKING, Any
@@ -116,10 +117,12 @@ def score(
     cut = windows(tokens, stride)
     comparison = None if reference is None else reference.compare(cut)
     losses = LossSum()
-    for chunk in log_probabilities(model, cut, batch_size=batch_size, progress=progress):
-        losses.add(chunk)
-        if comparison is not None:
-            comparison.add(chunk)
+    run = log_probabilities(model, cut, batch_size=batch_size, progress=progress)
+    with closing(run) as chunks:
+        for chunk in chunks:
+            losses.add(chunk)
+            if comparison is not None:
+                comparison.add(chunk)
     loss = losses.loss()
     return Score(
         loss=loss,

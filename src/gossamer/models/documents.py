@@ -1,6 +1,7 @@
 """Documents: texts from files a user names, or those packaged with nano."""
 
 import json
+import os
 from pathlib import Path
 from typing import Literal
 
@@ -30,8 +31,8 @@ def read_documents(
 
         chosen = nano.calibration_documents if split == "calibration" else nano.heldout_documents
         return chosen()
-    path = Path(path).expanduser()
-    if not path.exists():
+    path = Path(os.path.expanduser(path))
+    if not os.path.exists(path):
         raise GossamerError(f"no file {path}; give a text, JSONL or parquet file")
     if not path.is_file():
         raise GossamerError(f"{path} is no file; give a text, JSONL or parquet file")

@@ -6,6 +6,7 @@ a checkpoint is ever run.
 """
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -108,10 +109,10 @@ def resolve(source: str | Path, *, allow_pickle: bool = False) -> Path:
         from gossamer.models import nano
 
         return nano.path()
-    folder = Path(source).expanduser()
-    if folder.is_dir():
-        return folder
-    if folder.exists():
+    folder = os.path.expanduser(text)
+    if os.path.isdir(folder):
+        return Path(folder)
+    if os.path.exists(folder):
         raise GossamerError(f"{text} is a file; give the folder that holds config.json")
     if isinstance(source, Path) or text.startswith("~") or not _HUB_ID.fullmatch(text):
         raise GossamerError(f"no folder {text}; give 'nano', a model folder or a hub id")
@@ -201,6 +202,11 @@ def _check_config(folder: Path) -> dict[str, Any]:
         raise GossamerError(
             f"transformers {transformers.__version__} does not know models of type {kind!r} "
             f"({path}); code from a checkpoint is never run"
+        )
+    if config.get("quantization_config"):
+        raise GossamerError(
+            f"{folder} holds quantised weights, which cannot be pruned or measured; "
+            "use the model they were made from"
         )
     return config
 

@@ -152,7 +152,8 @@ class Bench:
             "prefill_tokens_per_second": None if rate is None else round(rate.prefill.median, 2),
             "simulated": simulated,
             "seed": cell.seed,
-            "parameters": cell.method.to_dict() if cell.method else {},
+            "settings": cell.method.to_dict() if cell.method else {},
+            "model_parameters": sizes.parameters,
             "layers": [] if report is None else [_layer(row) for row in report.rows],
             "note": None if report is None or not report.notes else "; ".join(report.notes),
         }

@@ -177,6 +177,7 @@ class Comparison:
         where = setup.data or "the packaged held-out text"
         return {
             "model": setup.model,
+            "parameters": rows[0]["model_parameters"] if rows else None,
             "data": where,
             "context": setup.length,
             "tokens": setup.windows * (setup.length - 1),

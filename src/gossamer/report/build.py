@@ -102,7 +102,8 @@ def render(
     verdicts = Counter(str(claim.get("verdict", "")) for claim in claims)
     context = {
         "meta": {**dict.fromkeys(_META), **meta},
-        "model": str(meta.get("model") or "model"),
+        "model": _title(str(meta.get("model") or "model")),
+        "notes": [row for row in table.rows if row.note],
         "table": table,
         "dense": table.dense,
         "methods": len({row.method for row in table.rows if row.role == "method"}),
@@ -134,14 +135,20 @@ def _quality_charts(table: Table) -> list[tuple[str, list[Series], list[tuple[st
     """(unit, lines, [(shape, drawing)], full width) for each unit; few lines take half a page."""
     units = table.series()
     small = [unit for unit, lines in units.items() if len(lines) <= 4]
-    # A lone small chart would leave half a line empty.
-    halves = set(small if len(small) % 2 == 0 else small[:-1]) if len(small) > 1 else set()
+    # In pairs: a lone small chart would leave half a line empty.
+    halves = set(small[len(small) % 2 :])
     charts = []
     for unit, lines in units.items():
         sizes = _HALF if unit in halves else _SIZES
         drawn = [(shape, quality_chart(table, lines, unit, *size)) for shape, size in sizes]
         charts.append((unit, lines, drawn, unit not in halves))
     return charts
+
+
+def _title(model: str) -> str:
+    """The model's name: a hub id as it is, of a folder's path the last part."""
+    parts = [part for part in model.replace("\\", "/").split("/") if part]
+    return parts[-1] if parts and (len(parts) > 2 or model[:1] in "./~") else model
 
 
 def _facts(meta: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -67,9 +67,9 @@ def _limits(table: Table) -> list[str]:
             top = max(good, key=lambda r: r.achieved)
             bad = [row for row in rows if not table.usable(row) and row.achieved > top.achieved]
             end = (
-                f"to {percent(top.achieved)} and break at {percent(bad[0].achieved)}"
+                f"to {percent(top.achieved, 0)} and break at {percent(bad[0].achieved, 0)}"
                 if bad
-                else (f"at all sparsities tried, up to {percent(top.achieved)}")
+                else (f"at all sparsities tried, up to {percent(top.achieved, 0)}")
             )
             held.setdefault(end, []).append(label)
         else:

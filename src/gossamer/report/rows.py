@@ -16,7 +16,7 @@ TIE = 1.01
 
 _UNITS = {
     "weights": "weights",
-    "activations": "input channels",
+    "activations": "weight reads",
     "attention": "attention pairs",
     "features": "latents",
 }

@@ -1,12 +1,16 @@
 """TEAL on tiny models: what is masked, how much, and that nothing else changes."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from tests.models.tiny import ARCHITECTURES, DECODERS, tiny_model
+from transformers import AutoModelForCausalLM
 
 from gossamer.core import GossamerError
 from gossamer.methods.activations.teal import TEAL
 from gossamer.models import Inputs, Tokens, find_sites
+from gossamer.models.store import read_stages
 
 torch.set_num_threads(1)
 
@@ -178,6 +182,20 @@ def test_stored_thresholds_give_the_same_logits(name: str) -> None:
         assert torch.equal(_output(fresh, input_ids=data.input_ids), masked)
         assert again.report().to_dict() == applied.report().to_dict()
     assert _hooks(fresh) == 0
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3_moe"])
+def test_a_saved_folder_restores_the_masked_model(name: str, tmp_path: Path) -> None:
+    model, data = tiny_model(name), _tokens()
+    dense = _output(model, input_ids=data.input_ids)
+    with TEAL(sparsity=0.5, allocation="greedy", step=0.5).apply(model, data) as applied:
+        masked = _output(model, input_ids=data.input_ids)
+        applied.save(tmp_path / "model")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32).eval()
+    assert torch.equal(_output(loaded, input_ids=data.input_ids), dense)
+    (stage,) = read_stages(tmp_path / "model")
+    with TEAL.from_dict(stage.method).reattach(loaded, stage.meta, stage.tensors):
+        assert torch.equal(_output(loaded, input_ids=data.input_ids), masked)
 
 
 def test_thresholds_of_another_model_are_refused() -> None:

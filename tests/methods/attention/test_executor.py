@@ -2,13 +2,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.methods.attention.naive import naive_attention, window_keys
 
 from gossamer.core import GossamerError
 from gossamer.methods.attention.executor import Call, choose, execute, run
 from gossamer.methods.attention.index import BlockIndex, WindowIndex
 from gossamer.methods.attention.layout import Layout
 from gossamer.methods.attention.window import window_attention, window_cost
-from tests.methods.attention.naive import naive_attention, window_keys
 
 EXECUTORS = ("reference", "masked", "window")
 
@@ -31,7 +31,9 @@ def expected(call, layout, sink, recent):
         if layout.padding is not None:
             real = layout.padding[row].nonzero()[:, 0].tolist()
         keys = [window_keys(real, int(q), sink, recent) for q in layout.query_index]
-        kept.append([[k - layout.key_offset for k in row if k >= layout.key_offset] for row in keys])
+        kept.append(
+            [[k - layout.key_offset for k in row if k >= layout.key_offset] for row in keys]
+        )
     return naive_attention(
         call.query, call.key, call.value, kept, call.scale, call.softcap, call.sink_logits
     )
@@ -98,7 +100,9 @@ def test_a_cache_that_dropped_its_oldest_keys(name):
 @pytest.mark.parametrize("name", EXECUTORS)
 def test_shared_heads_equal_repeated_ones(name):
     call = make(1, 20, 20)
-    repeated = Call(call.query, call.key.repeat_interleave(2, 1), call.value.repeat_interleave(2, 1))
+    repeated = Call(
+        call.query, call.key.repeat_interleave(2, 1), call.value.repeat_interleave(2, 1)
+    )
     index = WindowIndex(Layout(1, 20, 20), 2, 6)
     torch.testing.assert_close(run(name, call, index), run(name, repeated, index))
 

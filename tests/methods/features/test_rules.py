@@ -102,7 +102,7 @@ def test_k_is_a_positive_whole_number(k):
 def test_rules_come_back_from_their_configuration(rule):
     config = {"architecture": rule.architecture, **rule.config()}
     assert type(rule_from_config(config)) is type(rule) is RULES[rule.architecture]
-    assert rule_from_config(config).k == rule.k
+    assert rule_from_config(config).budget == rule.budget
 
 
 def test_unknown_architecture_offers_the_nearest():

@@ -23,7 +23,7 @@ _BEDS = {
     "small": Superposition(d_in=32, atoms=96, active=5.0),
 }
 # Chosen so that the penalised code is as dense as the TopK one, or a little denser.
-_L1 = {"smoke": 4.5, "small": 2.75}
+_L1 = {"smoke": 4.5, "small": 3.25}
 
 
 @contextmanager
@@ -115,7 +115,6 @@ def _check_untied(runs: Sequence[Figures]) -> Verdict:
 
 
 _L1_TEXT = {
-    "name": "beats an L1 penalty",
     "sentence": "At equal sparsity a TopK code reconstructs better than an L1-penalised ReLU code, "
     "which shrinks what it keeps.",
     "paper": "GPT-2 small and GPT-4 activations: TopK is below ReLU at every L0 (figure 2)",
@@ -127,12 +126,14 @@ _L1_TEXT = {
 
 CLAIMS = (
     Claim(
+        name="beats an L1 penalty, in brief",
         **_L1_TEXT,
         experiment="rows made of 3 of 48 known atoms in 24 dimensions, 96 latents, 300 steps; the "
         "penalty is tuned to at least the same L0; holds when TopK's FVU is at most 0.4 of L1's",
         run=partial(_against_l1, "smoke"),
     ),
     Claim(
+        name="beats an L1 penalty",
         **_L1_TEXT,
         experiment="rows made of 5 of 96 known atoms in 32 dimensions, 192 latents, 2500 steps of "
         "512 rows; the penalty is tuned to about the same L0; holds when TopK's FVU is at most 0.4 "

@@ -92,7 +92,7 @@ class Thresholded(Method):
         ----------
         model : any model whose sites are known.
         data : calibration text or tokens, see :func:`gossamer.models.as_tokens`; ``Inputs`` for
-            models of other inputs. The greedy allocation tries its steps on the first 8 x 512
+            models of other inputs. The greedy allocation tries its steps on the first 4 x 128
             tokens of it.
         """
         sites = find_sites(model)

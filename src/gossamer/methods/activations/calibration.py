@@ -12,7 +12,7 @@ from gossamer.models import Block, Inputs, SiteMap, Tokens
 
 __all__ = ["BlockError", "active_experts", "sketch_of", "trial_data"]
 
-TRIAL_SEQUENCES, TRIAL_LENGTH = 8, 512
+TRIAL_SEQUENCES, TRIAL_LENGTH = 4, 128
 
 
 def active_experts(model: Any, sites: SiteMap) -> float:
@@ -40,7 +40,7 @@ def sketch_of(model: nn.Module, block: Block, tap: Tap) -> QuantileSketch:
     try:
         gates.observe(tap, lambda rows: sketch.update(rows * weight))
         for batch in block.batches():
-            positions.begin(mask=batch.valid, shape=tuple(batch.valid.shape))
+            positions.begin(mask=batch.valid, shape=batch.valid.shape)
             block.run(batch)
     finally:
         gates.remove()
@@ -48,7 +48,7 @@ def sketch_of(model: nn.Module, block: Block, tap: Tap) -> QuantileSketch:
 
 
 def trial_data(data: Tokens | Inputs) -> Tokens | Inputs:
-    """The part of the calibration data a greedy allocation tries its steps on: 8 x 512 tokens."""
+    """The part of the calibration data a greedy allocation tries its steps on: 4 x 128 tokens."""
     if isinstance(data, Inputs):
         return Inputs({name: value[:TRIAL_SEQUENCES] for name, value in data.values.items()})
     ids = data.input_ids[:TRIAL_SEQUENCES, :TRIAL_LENGTH]
@@ -79,7 +79,7 @@ class BlockError:
         self.gates.set(gates)
         total, rows = 0.0, 0
         for batch, dense in self.batches:
-            self.positions.begin(mask=batch.valid, shape=tuple(batch.valid.shape))
+            self.positions.begin(mask=batch.valid, shape=batch.valid.shape)
             off = (self._tail(self.block.run(batch)) - dense).float()
             off = off * batch.valid[:, -off.shape[1] :, None]
             total += float(torch.linalg.vector_norm(off, dim=1).mean(1).sum())

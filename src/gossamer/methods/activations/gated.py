@@ -132,11 +132,11 @@ class GatedModel(Applied):
             f"the first {prefix} real tokens of every text are dense; all others are masked",
         ]
         if self.measured:
-            worst = max(gates, key=lambda g: abs(self.measured[g.name] - g.sparsity))
-            off = self.measured[worst.name] - worst.sparsity
+            off = {gate.name: self.measured[gate.name] - gate.sparsity for gate in gates}
+            worst = max(off, key=lambda name: abs(off[name]))
             notes.append(
-                f"sparsities are measured; farthest from its target is {worst.name}: "
-                f"{self.measured[worst.name]:.1%}, {off * 100:+.1f} points"
+                f"sparsities are measured; farthest from its target is {worst}: "
+                f"{self.measured[worst]:.1%}, {off[worst] * 100:+.1f} points"
             )
         else:
             notes.append("sparsities are the calibrated targets; measure(data) counts them")

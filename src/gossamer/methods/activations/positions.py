@@ -5,6 +5,7 @@ attention mask, the cache and the position ids, so one hook there notes them for
 Shapes: B = batch, T = tokens of this pass, W = width of the attention mask.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from inspect import signature
 from typing import Any
@@ -61,7 +62,7 @@ class Positions:
     past: int = 0
     mask: Tensor | None = None
     position_ids: Tensor | None = None
-    shape: tuple[int, int] | None = None
+    shape: Sequence[int] | None = None
     _dense: Tensor | None = None
     _real: Tensor | None = None
     _ready: bool = False
@@ -72,7 +73,7 @@ class Positions:
         past: int = 0,
         mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        shape: tuple[int, int] | None = None,
+        shape: Sequence[int] | None = None,
     ) -> None:
         """Note what the coming pass is told; ``shape`` is (B, T) where it is known."""
         self.past, self.mask, self.position_ids, self.shape = past, mask, position_ids, shape

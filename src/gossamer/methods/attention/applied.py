@@ -25,7 +25,6 @@ _FOREIGN = ("position_bias", "indices", "block_indices", "cache", "head_mask")
 
 
 class Selector(ABC):
-
     """Chooses the keys each query reads."""
 
     @abstractmethod
@@ -88,9 +87,7 @@ class SparseAttention(Applied):
         self.ran: Counter[Ran] = Counter()
         self._sites = find_sites(model)
         self.simulated = selector.simulated(method.backend, length)
-        self._installed = Installation(
-            model, method.key(), self._sites.attentions, self._attention
-        )
+        self._installed = Installation(model, method.key(), self._sites.attentions, self._attention)
 
     def _attention(
         self,

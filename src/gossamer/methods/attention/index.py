@@ -108,8 +108,13 @@ class BlockIndex(KeyIndex):
                 f"indptr of {rows} query blocks is (batch, heads, {rows + 1}); "
                 f"got {tuple(self.indptr.shape)}"
             )
-        if len(self.indices) and not 0 <= int(self.indices.min()) <= int(self.indices.max()) < columns:
-            raise GossamerError(f"a key block lies outside the {columns} blocks of {self.layout.keys} keys")
+        if (
+            len(self.indices)
+            and not 0 <= int(self.indices.min()) <= int(self.indices.max()) < columns
+        ):
+            raise GossamerError(
+                f"a key block lies outside the {columns} blocks of {self.layout.keys} keys"
+            )
 
     @classmethod
     def from_blocks(cls, layout: Layout, kept: Tensor, block: tuple[int, int]) -> "BlockIndex":

@@ -134,7 +134,9 @@ def layout_mask(
         If the model asks for a bidirectional mask.
     """
     if options.get("allow_is_bidirectional_skip"):
-        raise GossamerError("this attention method is causal; the model asks for a bidirectional mask")
+        raise GossamerError(
+            "this attention method is causal; the model asks for a bidirectional mask"
+        )
     if isinstance(attention_mask, Layout):
         # ``generate`` makes the masks of a static cache ahead and hands them back.
         return attention_mask
@@ -146,7 +148,9 @@ def layout_mask(
     known = max(start + q_length, kv_offset + kv_length)
     padding = attention_mask
     if padding is not None:
-        padding = nn.functional.pad(padding.bool(), (0, max(0, known - padding.shape[1])))[:, :known]
+        padding = nn.functional.pad(padding.bool(), (0, max(0, known - padding.shape[1])))[
+            :, :known
+        ]
         seen = padding[:, : start + q_length]
         padding = None if bool(seen.all()) else padding
     # Without leave to skip, the rule may be packed or look ahead; a single query does neither

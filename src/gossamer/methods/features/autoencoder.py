@@ -43,10 +43,10 @@ class Dictionary(nn.Module):
         self, d_in: int, d_sae: int, rule: Rule, metadata: Mapping[str, Any] | None = None
     ) -> None:
         super().__init__()
-        if d_in < 1 or d_sae < (rule.k or 1):
+        if d_in < 1 or d_sae < (rule.budget or 1):
             raise GossamerError(
-                f"a dictionary of {d_sae} latents over {d_in} channels cannot keep k = {rule.k}; "
-                "raise the width or lower k"
+                f"a dictionary of {d_sae} latents over {d_in} channels cannot keep "
+                f"k = {rule.budget}; raise the width or lower k"
             )
         self.W_enc = nn.Parameter(torch.zeros(d_in, d_sae))
         self.b_enc = nn.Parameter(torch.zeros(d_sae))

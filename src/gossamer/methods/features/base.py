@@ -128,11 +128,9 @@ class DictionaryMethod(Method):
         assert method.tokens is not None
         steps = max(1, method.tokens // method.batch_size)
         recipe = method.recipe(steps, method.batch_size).resolved(source.width, method.width)
+        batches, width = source.batches(method.batch_size), method.width
         method = replace(method, lr=recipe.lr)
-        batches = source.batches(method.batch_size)
-        made = train(
-            batches, width=method.width, rule=method.rule(), recipe=recipe, progress=progress
-        )
+        made = train(batches, width=width, rule=method.rule(), recipe=recipe, progress=progress)
         made.metadata |= source.metadata() | {"method": method.to_dict()}
         return method, made
 

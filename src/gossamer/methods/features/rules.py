@@ -80,8 +80,11 @@ class Rule(nn.Module, ABC):
 
     architecture: ClassVar[str]
     """Name of the rule in files, as SAELens spells it."""
-    k: int | None = None
-    """Most entries a row may keep, where the rule has such a budget."""
+
+    @property
+    def budget(self) -> int | None:
+        """Most entries a row may keep; None where the rule sets no count."""
+        return None
 
     @abstractmethod
     def forward(self, pre: Tensor) -> Codes:
@@ -119,6 +122,10 @@ class TopK(Rule):
         if isinstance(k, bool) or not isinstance(k, int) or k < 1:
             raise GossamerError(f"k is {k!r}; give a whole number of latents, at least 1")
         self.k = k
+
+    @property
+    def budget(self) -> int:
+        return self.k
 
     def forward(self, pre: Tensor) -> Codes:
         indices = top_rows(pre.detach(), self.k)

@@ -179,8 +179,11 @@ class ActivationSource:
         if sink_multiple is not None and len(first):
             norms = torch.linalg.vector_norm(first, dim=1)
             self.sink_norm = sink_multiple * float(norms.median())
-        self._estimate = round(len(first) / min(windows, len(data)) * len(data))
-        self._fits = self._estimate * self.width * 4 <= resident_bytes
+        if isinstance(data, Tokens):
+            self._most = data.count - skip_first * len(data)
+        else:
+            self._most = len(first) // min(windows, len(data)) * len(data)
+        self._fits = self._most * self.width * 4 <= resident_bytes
 
     def _batch(self, at: Tensor) -> tuple[dict[str, Tensor], Tensor | None]:
         """Keyword arguments of the windows at these places, and which tokens are real."""
@@ -189,7 +192,7 @@ class ActivationSource:
             chosen = Inputs({name: value[at] for name, value in self.data.values.items()})
             return next(chosen.batches(len(at), device)), None
         chosen = Tokens(self.data.input_ids[at], self.data.attention_mask[at])
-        return next(chosen.batches(len(at), device)), chosen.attention_mask.to(device)
+        return next(chosen.batches(len(at), device)), chosen.attention_mask
 
     def _rows(self, at: Tensor) -> Tensor:
         """Valid rows (R, D), float32, of the windows at these places."""
@@ -204,7 +207,7 @@ class ActivationSource:
                 )
             if self.skip_first:
                 valid = valid & (valid.cumsum(1) > 1)
-            rows = rows[valid.reshape(-1)]
+            rows = rows[valid.reshape(-1).to(rows.device)]
         if not bool(torch.isfinite(rows).all()):
             raise GossamerError(
                 f"activations of {self.path!r} hold NaN or infinity; load the model in float32"
@@ -229,9 +232,9 @@ class ActivationSource:
 
     @property
     def count(self) -> int:
-        """Rows of one pass: counted where they are kept in memory, else estimated."""
+        """Rows of one pass; where they are not kept in memory, sink rows are counted too."""
         rows = self.resident()
-        return self._estimate if rows is None else len(rows)
+        return self._most if rows is None else len(rows)
 
     def resident(self) -> Tensor | None:
         """All rows (R, D) in memory, in the order of the data, or None where they do not fit."""

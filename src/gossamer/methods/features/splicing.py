@@ -122,7 +122,7 @@ class SplicedModel(Applied):
         row = SiteRow(self.hook, "codes", self.block, made.d_sae, 1 - score.l0 / made.d_sae)
         notes = (
             f"L0 {score.l0:.2f}"
-            + (f" of k = {made.rule.k}" if made.rule.k is not None else "")
+            + (f" of k = {made.rule.budget}" if made.rule.budget is not None else "")
             + f", FVU {score.fvu:.4f}, dead {score.dead:.1%} on {score.rows:,} rows",
             "error kept: the output is the module's own"
             if self.keep_error
