@@ -88,7 +88,9 @@ def wanda_cost(model: torch.nn.Module, tokens: Tokens, repeats: int) -> dict[str
 
 def compare_share(source: str, data: str | None) -> dict[str, float]:
     setup = Setup(model=source, data=data, samples=32, length=1024, windows=16, timed=False)
-    cells = grid(["random", "magnitude", "lamp", "wanda", "teal", "streaming_llm:sparsity=0.5"], [0.5])
+    cells = grid(
+        ["random", "magnitude", "lamp", "wanda", "teal", "streaming_llm:sparsity=0.5"], [0.5]
+    )
     begin = time.perf_counter()
     loaded = load_model(source)
     blocks = [loaded.model.get_submodule(p) for p in find_sites(loaded.model).blocks]

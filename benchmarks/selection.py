@@ -25,7 +25,7 @@ from torch import Tensor
 
 import gossamer.kernels
 from gossamer.core import NM, Budget, Unstructured
-from gossamer.kernels.nm_select.op import _LEVELS, _functions, backend_for
+from gossamer.kernels.nm_select.op import backend_for, instruction_set
 
 ROWS, COLUMNS = 4096, 11008
 KEEP = COLUMNS // 2
@@ -117,7 +117,7 @@ def main() -> None:
     score = torch.randn(ROWS, COLUMNS, generator=torch.Generator().manual_seed(0)).abs()
     check(score)
     backend = backend_for(score)
-    with_what = _LEVELS[_functions()[1]] if backend == "cpu" else "torch operations"
+    with_what = instruction_set() if backend == "cpu" else "torch operations"
     print(f"torch {torch.__version__}; N:M selection runs on: {backend}, {with_what}")
     tables: list[dict[str, object]] = []
     for threads in given.threads:

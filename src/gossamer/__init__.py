@@ -29,7 +29,21 @@ _PUBLIC = {
     "speed": "gossamer.evaluate",
 }
 
-__all__ = ["__version__", "method", *_PUBLIC]
+__all__ = [
+    "Budget",
+    "GossamerError",
+    "Pattern",
+    "Recipe",
+    "Selection",
+    "Tokens",
+    "__version__",
+    "compare",
+    "find_sites",
+    "load",
+    "method",
+    "score",
+    "speed",
+]
 
 
 def method(text: str, **values: Any) -> Any:

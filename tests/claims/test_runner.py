@@ -48,7 +48,9 @@ def test_a_record_says_what_was_measured_and_with_what(one_claim, tmp_path):
 def test_the_worst_verdict_counts():
     records = [{"method": "wanda", "verdict": v} for v in ("holds", "weaker", "not testable here")]
     assert runner.verdict_of("wanda", records) == "weaker"
-    assert runner.verdict_of("wanda", [*records, {"method": "wanda", "verdict": "fails"}]) == "fails"
+    assert (
+        runner.verdict_of("wanda", [*records, {"method": "wanda", "verdict": "fails"}]) == "fails"
+    )
     assert runner.verdict_of("teal", records) is None
 
 

@@ -36,7 +36,17 @@ def fails(capsys, *words):
 
 
 @pytest.mark.parametrize(
-    "verb", [[], ["methods"], ["sparsify"], ["compare"], ["evaluate"], ["claim"], ["recipe", "run"], ["report"]]
+    "verb",
+    [
+        [],
+        ["methods"],
+        ["sparsify"],
+        ["compare"],
+        ["evaluate"],
+        ["claim"],
+        ["recipe", "run"],
+        ["report"],
+    ],
 )
 def test_help_reads_well(capsys, verb):
     status, out, _ = run(capsys, *verb, "--help")
@@ -49,10 +59,28 @@ def test_methods_as_json_carry_every_column(capsys):
     status, out, _ = run(capsys, "methods", "--json")
     rows = {row["key"]: row for row in json.loads(out)}
     assert status == 0
-    assert set(rows) >= {"random", "magnitude", "lamp", "wanda", "teal", "streaming_llm", "topk_sae"}
+    assert set(rows) >= {
+        "random",
+        "magnitude",
+        "lamp",
+        "wanda",
+        "teal",
+        "streaming_llm",
+        "topk_sae",
+    }
     titles = {s.title: s.id for s in systems().values()}
     for row in rows.values():
-        assert {"family", "name", "title", "system", "year", "arxiv", "when", "needs", "verdict"} <= set(row)
+        assert {
+            "family",
+            "name",
+            "title",
+            "system",
+            "year",
+            "arxiv",
+            "when",
+            "needs",
+            "verdict",
+        } <= set(row)
         assert row["system"] == titles.get(row["title"])
     assert rows["wanda"]["needs"] == ["input_l2"]
     assert rows["wanda"]["arxiv"] == "2306.11695"
@@ -85,7 +113,16 @@ def test_sparsify_saves_what_plain_transformers_reads(capsys, tmp_path):
 
 def test_sparsify_takes_the_methods_own_fields(capsys):
     _, text, _ = run(
-        capsys, "sparsify", "nano", "magnitude", "--sparsity", "0.6", "--allocation", "erk", "--json", *SMALL
+        capsys,
+        "sparsify",
+        "nano",
+        "magnitude",
+        "--sparsity",
+        "0.6",
+        "--allocation",
+        "erk",
+        "--json",
+        *SMALL,
     )
     report = json.loads(text)
     assert report["method"]["allocation"] == "erk"
@@ -221,5 +258,3 @@ def test_ctrl_c_leaves_nothing_half_written(tmp_path):
         assert "interrupted" in err
         assert "Traceback" not in err
         assert list(tmp_path.iterdir()) == []
-
-

@@ -11,7 +11,7 @@ from gossamer.core import NM, GossamerError, Method, Pattern, Unstructured
 @dataclass(frozen=True, kw_only=True)
 class Example(Method):
     sparsity: float | None = 0.5
-    pattern: Pattern = Unstructured()  # noqa: RUF009
+    pattern: Pattern = Unstructured()
     sizes: tuple[int, ...] = (1, 2)
     seed: int = 0
 

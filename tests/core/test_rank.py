@@ -51,7 +51,7 @@ def test_long_rows_are_counted_by_bits_with_the_same_result(
     dtype: torch.dtype, kind: str, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(rank, "_LONG", 64)
-    monkeypatch.setattr(rank, "_CHUNK", 100)
+    monkeypatch.setattr(rank, "_SERIAL", 100)
     score = torch.randn(3, 1003, generator=torch.Generator().manual_seed(0)) * 100
     if kind == "ties":
         score = (score / 50).round()

@@ -4,12 +4,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.models.tiny import tiny_model
 from torch import Tensor, nn
 
 from gossamer.core import GossamerError
 from gossamer.evaluate import Reference, kl_divergence, score
 from gossamer.models import Tokens
+from tests.models.tiny import tiny_model
 
 
 @pytest.fixture(scope="module")

@@ -2,13 +2,13 @@ from typing import Any
 
 import pytest
 import torch
-from tests.models.tiny import tiny_model
 from torch import nn
 
 from gossamer.core import GossamerError
 from gossamer.evaluate import bitmask_bytes, footprint
 from gossamer.models import find_sites
 from gossamer.models.applied import Applied, Report, SiteRow, State
+from tests.models.tiny import tiny_model
 
 
 class Working(Applied):

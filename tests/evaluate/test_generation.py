@@ -1,9 +1,9 @@
 import pytest
 import torch
-from tests.models.tiny import tiny_model
 
 from gossamer.core import GossamerError
 from gossamer.evaluate import continuations, generation_agreement
+from tests.models.tiny import tiny_model
 
 PROMPTS = [[5, 6, 7], [9, 8], [1, 2, 3], [4, 4, 4, 4]]
 

@@ -2,13 +2,13 @@ from math import exp, inf, isnan
 
 import pytest
 import torch
-from tests.models.tiny import tiny_model
 from torch import Tensor, nn
 
 from gossamer.core import GossamerError
 from gossamer.evaluate import forward as forward_module
 from gossamer.evaluate import score
 from gossamer.models import Tokens
+from tests.models.tiny import tiny_model
 
 
 @pytest.fixture(scope="module")

@@ -2,11 +2,11 @@ from itertools import count
 
 import pytest
 import torch
-from tests.models.tiny import tiny_model
 
 from gossamer.core import GossamerError
 from gossamer.evaluate import Rate, speed
 from gossamer.evaluate.environment import device_name
+from tests.models.tiny import tiny_model
 
 
 class Clock:

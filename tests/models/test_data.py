@@ -4,11 +4,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.models.tiny import tiny_folder, tiny_model, tiny_tokenizer
 from transformers import RobertaConfig, RobertaModel
 
 from gossamer.core import GossamerError
 from gossamer.models import Inputs, Tokens, as_tokens, context_length
+from tests.models.tiny import tiny_folder, tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
 OPENING = tiny_tokenizer(bos=True)

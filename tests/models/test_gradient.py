@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from tests.models.tiny import DECODERS, tiny_model
 
 from gossamer.core import GossamerError
 from gossamer.models import Tokens, find_sites, gradients
+from tests.models.tiny import DECODERS, tiny_model
 
 
 def text() -> Tokens:

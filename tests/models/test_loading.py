@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.models.tiny import ARCHITECTURES, DECODERS, tiny_folder, tiny_model, tiny_tokenizer
 from transformers.utils import logging as verbosity
 
 from gossamer.core import GossamerError
 from gossamer.models import find_tokenizer, load_model, resolve
+from tests.models.tiny import ARCHITECTURES, DECODERS, tiny_folder, tiny_model, tiny_tokenizer
 
 
 @pytest.fixture

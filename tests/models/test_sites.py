@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from tests.models.tiny import ARCHITECTURES, DECODERS, tiny_model
+import transformers
 from torch import nn
 from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM, T5Config, T5Model
 
 from gossamer.core import ROLES, GossamerError, UnsupportedModel
 from gossamer.models import SiteMap, Tokens, find_sites
+from tests.models.tiny import ARCHITECTURES, DECODERS, tiny_model
 
 SEPARATE = {
     "attention.q": (32, 32),
@@ -202,6 +203,43 @@ class Odd(nn.Module):
         super().__init__()
         self.attention = nn.ModuleDict({"q_proj": nn.Linear(4, 4)})
         self.wobble = nn.Linear(4, 4)
+
+
+SMALL = {
+    "vocab_size": 128,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "pad_token_id": 0,
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "task", "own", "roles"),
+    [
+        ("Olmo2", "ForCausalLM", {}, SEPARATE | GATED),
+        ("StableLm", "ForCausalLM", {}, SEPARATE | GATED),
+        ("Granite", "ForCausalLM", {}, SEPARATE | GATED),
+        ("Starcoder2", "ForCausalLM", {}, SEPARATE | PLAIN),
+        ("Phi", "ForCausalLM", {}, SEPARATE | PLAIN),
+        ("Glm", "ForCausalLM", {"head_dim": 8}, SEPARATE | {"mlp.gate_up": 0, "mlp.down": 0}),
+        ("Bloom", "ForCausalLM", {"n_layer": 2, "n_head": 4}, FUSED | PLAIN),
+        ("GPTJ", "ForCausalLM", {"n_layer": 2, "n_head": 4, "rotary_dim": 8}, EQUAL | PLAIN),
+        ("Roberta", "ForMaskedLM", {}, EQUAL | PLAIN),
+        ("SiglipVision", "Model", {"image_size": 16, "patch_size": 4}, EQUAL | PLAIN),
+    ],
+)
+def test_relatives_are_found_by_structure(
+    family: str, task: str, own: dict[str, int], roles: dict[str, object]
+) -> None:
+    config = getattr(transformers, f"{family}Config")(**SMALL | own)
+    with torch.device("meta"):
+        model = getattr(transformers, f"{family}{task}")(config)
+    found = find_sites(model.to_empty(device="cpu"))
+    assert len(found.blocks) == 2
+    assert [s.role for s in found.in_block(1)] == sorted(roles, key=ROLES.index)
 
 
 def test_unknown_models_name_what_they_hold() -> None:

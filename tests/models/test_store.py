@@ -4,11 +4,11 @@ import json
 
 import pytest
 import torch
-from tests.models.tiny import tiny_model
 
 from gossamer.core import GossamerError
 from gossamer.methods.weights.magnitude import Magnitude
 from gossamer.models.store import MANIFEST, atomic_folder, read_stages, write_json
+from tests.models.tiny import tiny_model
 
 
 def test_a_failing_save_leaves_nothing(tmp_path):

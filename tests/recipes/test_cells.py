@@ -36,7 +36,9 @@ def test_equal_cells_appear_once_and_names_are_unique():
     assert len(cells) == 3
     many = grid(["random", "magnitude", "lamp"], [0.1, 0.2, 0.3], seed=1)
     assert len({c.name for c in many}) == len(many)
-    assert not {c.name for c in many} & {c.name for c in grid(["random"], [0.1], seed=2)} - {"dense"}
+    assert not {c.name for c in many} & {c.name for c in grid(["random"], [0.1], seed=2)} - {
+        "dense"
+    }
 
 
 @pytest.mark.parametrize(

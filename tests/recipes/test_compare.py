@@ -53,10 +53,14 @@ def test_only_what_is_missing_runs(tmp_path, monkeypatch):
     cells[-1].write_text('{"half')
     ran = []
     original = Bench.run
-    monkeypatch.setattr(Bench, "run", lambda self, cell, *a: ran.append(cell) or original(self, cell, *a))
+    monkeypatch.setattr(
+        Bench, "run", lambda self, cell, *a: ran.append(cell) or original(self, cell, *a)
+    )
     second = compare("nano", ["magnitude"], sparsity=[0.3, 0.5], out=out, **SMALL)
     assert len(ran) == 1
-    plain = [[{k: v for k, v in r.items() if k != "seconds"} for r in rows] for rows in (first, second)]
+    plain = [
+        [{k: v for k, v in r.items() if k != "seconds"} for r in rows] for rows in (first, second)
+    ]
     assert plain[0] == plain[1]
     compare("nano", ["lamp"], sparsity=0.5, out=out, **SMALL)
     assert len(ran) == 2

@@ -20,7 +20,7 @@ def nano() -> Loaded:
 
 
 @cache
-def heldout(windows: int = 16, length: int = 512) -> Tokens:
+def heldout(windows: int = 8, length: int = 256) -> Tokens:
     """The first windows of the packaged held-out text, (windows, length)."""
     documents = read_documents(None, "heldout")
     tokens = Tokens.from_documents(documents, nano().tokenizer, length=length)
@@ -28,7 +28,7 @@ def heldout(windows: int = 16, length: int = 512) -> Tokens:
 
 
 @cache
-def calibration(seed: int, samples: int = 16, length: int = 512) -> Tokens:
+def calibration(seed: int, samples: int = 16, length: int = 256) -> Tokens:
     """Windows of the packaged calibration text, drawn by the seed."""
     documents = read_documents(None, "calibration")
     return Tokens.from_documents(

@@ -31,7 +31,7 @@ def method_rows(family: str | None = None) -> list[dict[str, Any]]:
                 "when": card.when,
                 "needs": sorted(stat.value for stat in cls.needs),
                 "verdict": verdict_of(key, records),
-                **{"card": card.to_dict()},
+                "card": card.to_dict(),
             }
         )
     return rows

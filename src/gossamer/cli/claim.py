@@ -67,7 +67,9 @@ def _show(record: dict[str, object]) -> None:
         f"[{_STYLES.get(verdict, 'dim')}]{verdict:>7}[/]  {record['method']}: {record['claim']}"
     )
     for name, text in (("says", "sentence"), ("paper", "paper"), ("ours", "ours")):
-        console.print(f"         {name:<6}{record[text]}", markup=False, highlight=False, soft_wrap=True)
+        console.print(
+            f"         {name:<6}{record[text]}", markup=False, highlight=False, soft_wrap=True
+        )
     console.print(
         f"         seeds {record['seeds']}, {record['seconds']} s, commit {record['commit']}",
         style="dim",

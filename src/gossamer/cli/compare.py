@@ -150,7 +150,11 @@ _COLUMNS = (
     ("stored MB", True, lambda r: f"{r['bytes_stored'] / 1e6:.1f}"),
     ("moved MB", True, lambda r: f"{r['bytes_moved'] / 1e6:.1f}"),
     ("limit MB", True, lambda r: f"{r['bytes_moved_limit'] / 1e6:.1f}"),
-    ("tok/s", False, lambda r: "sim." if r["simulated"] else _number(r["tokens_per_second"], ",.0f")),
+    (
+        "tok/s",
+        False,
+        lambda r: "sim." if r["simulated"] else _number(r["tokens_per_second"], ",.0f"),
+    ),
     ("seconds", True, lambda r: f"{r['seconds']:.1f}"),
 )
 

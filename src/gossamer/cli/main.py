@@ -67,7 +67,7 @@ def _advice(error: CycloptsError, words: Sequence[str]) -> str:
         close = nearest(words[0], names)
         hint = f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(names)}"
         return f"unknown command {words[0]!r}; {hint}"
-    return f"{text}; see gossamer --help" if not text.endswith(".") else f"{text} See gossamer --help"
+    return f"{text.rstrip('.')}; see gossamer --help"
 
 
 def _quiet() -> None:

@@ -10,7 +10,9 @@ from gossamer.report import from_run
 __all__ = ["report"]
 
 
-def report(folder: str = "report", *, json: Annotated[bool, Parameter(negative=())] = False) -> None:
+def report(
+    folder: str = "report", *, json: Annotated[bool, Parameter(negative=())] = False
+) -> None:
     """Build index.html from a comparison's records, with the ledger of claims.
 
     Parameters

@@ -41,7 +41,9 @@ def bar(title: str, quiet: bool = False) -> Iterator[Callback]:
         MofNCompleteColumn(),
         TimeElapsedColumn(),
     )
-    live = Progress(*columns, console=_errors, transient=True, disable=quiet or not _errors.is_terminal)
+    live = Progress(
+        *columns, console=_errors, transient=True, disable=quiet or not _errors.is_terminal
+    )
     with live:
         task = live.add_task(title, total=None)
         yield lambda done, total, what: live.update(
@@ -51,13 +53,13 @@ def bar(title: str, quiet: bool = False) -> Iterator[Callback]:
 
 def table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]], right: int = 0) -> Table:
     """A table; columns from ``right`` on are numbers, aligned right."""
-    out = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    out = Table(
+        title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
+    )
     for index, name in enumerate(head):
         number = index >= right > 0
         whole = number or name not in ("paper", "needs", "when")
-        out.add_column(
-            name, justify="right" if number else "left", no_wrap=whole, overflow="fold"
-        )
+        out.add_column(name, justify="right" if number else "left", no_wrap=whole, overflow="fold")
     for row in rows:
         out.add_row(*row)
     return out

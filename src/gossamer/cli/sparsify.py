@@ -1,15 +1,14 @@
 """``gossamer sparsify``: apply one method to a model and take the result away."""
 
 from dataclasses import fields as fields_of
-from pathlib import Path
 from typing import Annotated, Any
 
 from cyclopts import Parameter
 
 from gossamer import methods
 from gossamer.cli.show import bar, console, print_json
-from gossamer.core import GossamerError
 from gossamer.models import Tokens, read_documents
+from gossamer.models.store import require_new
 from gossamer.recipes.recipe import load
 
 __all__ = ["calibration_tokens", "sparsify"]
@@ -80,8 +79,8 @@ def sparsify(
         The method's own parameters, such as --allocation erk or --sink 8.
     """
     made = _make(method, {"sparsity": sparsity, "pattern": pattern, **fields}, seed)
-    if out is not None and Path(out).exists() and any(Path(out).iterdir()):
-        raise GossamerError(f"{out} exists and is not empty; name a new folder")
+    if out is not None:
+        require_new(out)
     loaded = load(model, dtype=dtype, device=device, allow_pickle=allow_pickle)
     with bar(f"{made.key()} on {model}", quiet=json) as progress:
         tokens = calibration_tokens(loaded.model, loaded.tokenizer, data, samples, length, seed)

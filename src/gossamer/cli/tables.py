@@ -1,4 +1,4 @@
-"""The documentation's table of methods, generated from cards: ``python -m gossamer.cli.tables FILE``."""
+"""The documentation's table of methods: ``python -m gossamer.cli.tables FILE``."""
 
 import sys
 from pathlib import Path

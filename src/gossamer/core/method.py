@@ -45,8 +45,14 @@ class Method(ABC):
         return cls.__module__.rpartition(".")[2]
 
     @abstractmethod
-    def apply(self, model: Any, data: Any = None) -> Any:
-        """Apply to a model in place and return an ``Applied`` that can report, undo and save."""
+    def apply(self, model: Any, data: Any = None, *, progress: Any = None) -> Any:
+        """Apply to a model in place and return an ``Applied`` that can report, undo and save.
+
+        Parameters
+        ----------
+        data : calibration tokens or text, for methods that need any.
+        progress : called with (steps done, steps in all, what is being done).
+        """
 
     @abstractmethod
     def reattach(self, model: Any, meta: Mapping[str, Any], tensors: Mapping[str, Any]) -> Any:

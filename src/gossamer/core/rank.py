@@ -20,9 +20,12 @@ from gossamer.core.errors import GossamerError
 
 __all__ = ["check_scores", "select_rows", "topk_mask"]
 
-# Entries handled at once: intermediates then stay in the processor's cache, and the memory a
-# selection needs beside score and mask does not grow with the layer.
-_CHUNK = 1 << 20
+# Entries handled at once, so that the memory a selection needs beside score and mask does not
+# grow with the layer: few large pieces where torch uses all threads, ...
+_CHUNK = 1 << 22
+# ... and pieces below the size from which torch splits an elementwise operation, where there are
+# many small ones: they stay in cache and never wait for a thread that another program holds up.
+_SERIAL = 32_000
 # Up to this width, comparing every pair of a group costs less than any partial sort.
 _NARROW = 32
 # From this width on, a histogram of the leading bits costs less than a partial sort.
@@ -68,12 +71,18 @@ def topk_mask(score: Tensor, keep: int) -> Tensor:
     if columns >= _LONG and score.dtype in _DIGITS:
         for row, out in zip(score, mask, strict=True):
             _long_row(row.contiguous(), keep, out)
-        return mask
-    choose = _narrow_rows if columns <= _NARROW else _wide_rows
-    step = max(1, _CHUNK // columns)
-    for part, out in zip(torch.split(score, step), torch.split(mask, step), strict=True):
-        choose(part, keep, out)
+    elif columns <= _NARROW:
+        step = _piece(score, _SERIAL)
+        for part, out in zip(torch.split(score, step), torch.split(mask, step), strict=True):
+            _narrow_rows(part, keep, out)
+    else:
+        _wide_rows(score, keep, mask)
     return mask
+
+
+def _piece(score: Tensor, entries: int) -> int:
+    """How many entries to handle at once; an accelerator wants few and large operations."""
+    return entries if score.device.type == "cpu" else 1 << 26
 
 
 def _narrow_rows(score: Tensor, keep: int, mask: Tensor) -> None:
@@ -91,67 +100,86 @@ def _narrow_rows(score: Tensor, keep: int, mask: Tensor) -> None:
 
 def _wide_rows(score: Tensor, keep: int, mask: Tensor) -> None:
     """Keep what reaches the ``keep``-th largest value, then drop surplus ties."""
+    step = max(1, _piece(score, _CHUNK) // score.shape[1])
+    parts = torch.split(score, step)
+    edge = torch.cat([_edges(part, keep) for part in parts])
+    torch.ge(score, edge, out=mask)
+    if int(mask.count_nonzero()) == len(score) * keep:
+        return  # No row keeps fewer, so none keeps more.
+    for part, low, out in zip(parts, torch.split(edge, step), torch.split(mask, step), strict=True):
+        _drop_surplus(part, low, keep, out)
+
+
+def _edges(score: Tensor, keep: int) -> Tensor:
+    """The ``keep``-th largest value of each row, (R, 1), from the smaller side."""
     columns = score.shape[1]
     if keep <= columns // 2:
-        edge = score.topk(keep, dim=1, sorted=False).values.amin(1, keepdim=True)
-    else:
-        below = score.topk(columns - keep + 1, dim=1, largest=False, sorted=False).values
-        edge = below.amax(1, keepdim=True)
-    torch.ge(score, edge, out=mask)
+        return score.topk(keep, dim=1, sorted=False).values.amin(1, keepdim=True)
+    below = score.topk(columns - keep + 1, dim=1, largest=False, sorted=False)
+    return below.values.amax(1, keepdim=True)
+
+
+def _drop_surplus(score: Tensor, edge: Tensor, keep: int, mask: Tensor) -> None:
+    """Of the entries equal to the edge, let only the first ones stay."""
     surplus = mask.sum(1) - keep
     tied = surplus.nonzero()[:, 0]
     if len(tied):
         equal = score[tied] == edge[tied]
         room = equal.sum(1, keepdim=True) - surplus[tied, None]
-        mask[tied] &= ~equal | (equal.cumsum(1) <= room)
+        mask[tied] &= ~equal | (equal.cumsum(1, dtype=torch.int32) <= room)
 
 
-# Integer type of a float's bits, and the bits left below its leading 16 after each pass.
+# Integer type of a float's bits, and where the 12-bit digits of its sort key end. The last two
+# overlap: bits that are already known to agree do no harm.
 _DIGITS: dict[torch.dtype, tuple[torch.dtype, tuple[int, ...]]] = {
-    torch.float64: (torch.int64, (48, 32, 16, 0)),
-    torch.float32: (torch.int32, (16, 0)),
-    torch.float16: (torch.int16, (0,)),
-    torch.bfloat16: (torch.int16, (0,)),
+    torch.float64: (torch.int64, (52, 40, 28, 16, 4, 0)),
+    torch.float32: (torch.int32, (20, 8, 0)),
+    torch.float16: (torch.int16, (4, 0)),
+    torch.bfloat16: (torch.int16, (4, 0)),
 }
-
-
-def _sort_keys(row: Tensor) -> Tensor:
-    """Integers in the order of the floats: below zero, a larger bit pattern is a smaller number."""
-    kind = _DIGITS[row.dtype][0]
-    bits = row.view(kind)
-    return bits ^ ((bits >> (8 * bits.element_size() - 1)) & torch.iinfo(kind).max)
-
-
-def _kth_largest(row: Tensor, keep: int) -> Tensor:
-    """The ``keep``-th largest entry, by counting the values of 16 bits at a time.
-
-    After the first count only entries that share the answer's leading bits are looked at.
-    """
-    left, parts = keep, torch.split(row, _CHUNK)
-    for shift in _DIGITS[row.dtype][1]:
-        counts = torch.zeros(1 << 16, dtype=torch.int64, device=row.device)
-        for part in parts:
-            counts += torch.bincount(_digit(part, shift), minlength=1 << 16)
-        from_top = counts.flip(0).cumsum(0)
-        digit = (1 << 16) - 1 - int(torch.searchsorted(from_top, left))
-        left -= int(from_top[(1 << 16) - 1 - digit] - counts[digit])
-        sharing = [part[_digit(part, shift) == digit] for part in parts]
-        parts = torch.split(torch.cat(sharing), _CHUNK)
-    return parts[0][0]
+_BINS = 1 << 12
 
 
 def _digit(row: Tensor, shift: int) -> Tensor:
-    """16 bits of every sort key, 0 to 65535; the leading ones are signed and need an offset."""
-    keys = _sort_keys(row)
-    leading = shift + 16 == 8 * keys.element_size()
-    return ((keys >> shift).int() + (1 << 15 if leading else 0)) & 0xFFFF
+    """12 bits of every entry's sort key, 0 to 4095.
+
+    Sort keys are integers in the order of the floats: of negative numbers, the one with the
+    larger bit pattern is smaller. The leading digit is signed and needs an offset.
+    """
+    kind = _DIGITS[row.dtype][0]
+    bits = row.view(kind)
+    width = 8 * bits.element_size()
+    keys = bits ^ ((bits >> (width - 1)) & torch.iinfo(kind).max)
+    leading = shift + 12 == width
+    return ((keys >> shift).int() + (_BINS // 2 if leading else 0)) & (_BINS - 1)
+
+
+def _kth_largest(row: Tensor, keep: int, piece: int) -> Tensor:
+    """The ``keep``-th largest entry, by counting how often each digit occurs.
+
+    After the first count only entries that share the answer's leading digits are looked at.
+    """
+    left, parts = keep, torch.split(row, piece)
+    for shift in _DIGITS[row.dtype][1]:
+        counts = torch.zeros(_BINS, dtype=torch.int64, device=row.device)
+        for part in parts:
+            counts += torch.bincount(_digit(part, shift), minlength=_BINS)
+        from_top = counts.flip(0).cumsum(0)
+        place = int(torch.searchsorted(from_top, left))
+        digit = _BINS - 1 - place
+        left -= int(from_top[place] - counts[digit])
+        sharing = [part.masked_select(_digit(part, shift) == digit) for part in parts]
+        parts = torch.split(torch.cat(sharing), piece)
+    return parts[0][0]
 
 
 def _long_row(row: Tensor, keep: int, mask: Tensor) -> None:
-    edge = _kth_largest(row, keep)
+    """Find the ``keep``-th largest value by its bits, then let ties in up to the count."""
+    piece = _piece(row, _SERIAL)
+    edge = _kth_largest(row, keep, piece)
     torch.gt(row, edge, out=mask)
     room = keep - int(mask.count_nonzero())
-    for part, out in zip(torch.split(row, _CHUNK), torch.split(mask, _CHUNK), strict=True):
+    for part, out in zip(torch.split(row, piece), torch.split(mask, piece), strict=True):
         if room == 0:
             break
         equal = part == edge

@@ -223,7 +223,7 @@ class QuantileSketch(Accumulator):
     _DROPPED = 14  # of the 23 bits of the mantissa: what is left tells 512 bins apart
     _FIRST = (127 + _LOWEST) << (23 - _DROPPED)  # leading bits of 2**_LOWEST
     _BINS = ((_HIGHEST - _LOWEST) << (23 - _DROPPED)) + 2  # zero below, the rest above
-    _CHUNK = 1 << 18  # entries binned at once, so that intermediates stay in cache
+    _CHUNK = 1 << 20  # entries binned at once, so that intermediates stay in cache
 
     def __init__(self, features: int, device: torch.device | None = None) -> None:
         super().__init__(features, device)

@@ -60,7 +60,9 @@ def environment(device: str | torch.device = "cpu") -> dict[str, Any]:
     return {
         "commit": commit(),
         "device": device_name(device),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "versions": versions,
     }

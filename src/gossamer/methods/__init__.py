@@ -105,7 +105,12 @@ def make(key: str, **values: Any) -> Method:
         if name not in known:
             raise unknown(f"parameter of {key}", name, known)
     for f in fields(cls):
-        if f.init and f.default is MISSING and f.default_factory is MISSING and f.name not in values:
+        if (
+            f.init
+            and f.default is MISSING
+            and f.default_factory is MISSING
+            and f.name not in values
+        ):
             raise GossamerError(f"{key} needs a value for {f.name}")
     return cls(**{name: _convert(cls, name, value) for name, value in values.items()})
 

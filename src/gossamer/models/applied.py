@@ -1,6 +1,7 @@
 """Applied: a method at work on a model. It reports, undoes itself, and can be saved."""
 
 from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from math import fsum
 from pathlib import Path
@@ -130,6 +131,13 @@ class Applied(ABC):
     @abstractmethod
     def report(self) -> Report:
         """What was removed, site by site."""
+
+    def measuring(self) -> AbstractContextManager[None]:
+        """While open, forward passes are counted; :meth:`report` then says what was measured.
+
+        For methods whose sparsity depends on the data; for all others nothing changes.
+        """
+        return nullcontext()
 
     def weight_bytes_saved(self) -> int:
         """Weight bytes per decoded token that a kernel which skips what was removed need not read.

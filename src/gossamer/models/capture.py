@@ -120,7 +120,8 @@ def record(
     recorder = _Recorder(model, sites, spool)
     base = model.get_submodule(sites.base)
     names = inspect.signature(base.forward).parameters
-    options = {"use_cache": False} if hasattr(base.config, "use_cache") else {}
+    cached = hasattr(getattr(base, "config", None), "use_cache")
+    options = {"use_cache": False} if cached else {}
     device = next(base.parameters()).device
     with recorder.attached():
         for index, batch in enumerate(data.batches(batch_size, device)):

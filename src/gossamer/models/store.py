@@ -23,7 +23,7 @@ from gossamer.core import GossamerError
 from gossamer.models.applied import Applied
 from gossamer.models.quiet import quiet
 
-__all__ = ["MANIFEST", "Stage", "atomic_folder", "read_stages", "save", "write_json"]
+__all__ = ["MANIFEST", "Stage", "atomic_folder", "read_stages", "require_new", "save", "write_json"]
 
 MANIFEST = "gossamer.json"
 TENSORS = "gossamer.safetensors"
@@ -53,6 +53,20 @@ def write_json(path: Path, value: Any) -> None:
         raise
 
 
+def require_new(folder: str | Path) -> Path:
+    """The path, if nothing is there that writing a model would mix with.
+
+    Raises
+    ------
+    GossamerError
+        If it is a file, or a folder that is not empty.
+    """
+    path = Path(folder)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise GossamerError(f"{path} exists and is not empty; name a new folder")
+    return path
+
+
 class atomic_folder:  # noqa: N801 - reads as a statement: ``with atomic_folder(path) as part:``
     """Fill a temporary folder that becomes ``target`` when the block ends without an error.
 
@@ -66,8 +80,7 @@ class atomic_folder:  # noqa: N801 - reads as a statement: ``with atomic_folder(
         self.target = Path(target)
 
     def __enter__(self) -> Path:
-        if self.target.exists() and (not self.target.is_dir() or any(self.target.iterdir())):
-            raise GossamerError(f"{self.target} exists and is not empty; name a new folder")
+        require_new(self.target)
         parent = self.target.absolute().parent
         try:
             parent.mkdir(parents=True, exist_ok=True)

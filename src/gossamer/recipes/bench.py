@@ -1,7 +1,7 @@
 """The bench a comparison runs on: one model, its texts, its dense predictions, one cell a time."""
 
-import contextlib
 import time
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,7 +76,7 @@ class Bench:
             model, tokenizer = loaded.model, loaded.tokenizer
         self.model: Any = model
         self.tokenizer = tokenizer
-        self.sites = find_sites(model)
+        self.sites = find_sites(self.model)
         self.calibration, self.evaluation = self._texts()
         self.reference = Reference.record(
             self.model, self.evaluation, batch_size=setup.batch_size, progress=progress
@@ -108,24 +108,26 @@ class Bench:
     def run(self, cell: Cell, progress: Progress | None = None) -> dict[str, Any]:
         """The row of one cell; the model is dense again afterwards, whatever happens."""
         start = time.perf_counter()
-        with contextlib.ExitStack() as stack:
+        with ExitStack() as stack:
             applied: Applied | None = None
             if cell.method is not None:
-                applied = cell.method.apply(self.model, self.calibration)
-                stack.callback(applied.restore)
+                applied = stack.enter_context(cell.method.apply(self.model, self.calibration))
             row = self._row(cell, applied, progress)
         row["seconds"] = round(time.perf_counter() - start, 3)
         return row
 
-    def _row(self, cell: Cell, applied: Applied | None, progress: Progress | None) -> dict[str, Any]:
+    def _row(
+        self, cell: Cell, applied: Applied | None, progress: Progress | None
+    ) -> dict[str, Any]:
         setup = self.setup
-        found = score(
-            self.model,
-            self.evaluation,
-            reference=self.reference,
-            batch_size=setup.batch_size,
-            progress=progress,
-        )
+        with nullcontext() if applied is None else applied.measuring():
+            found = score(
+                self.model,
+                self.evaluation,
+                reference=self.reference,
+                batch_size=setup.batch_size,
+                progress=progress,
+            )
         sizes = footprint(self.model, applied, context=self.evaluation.length, sites=self.sites)
         report = None if applied is None else applied.report()
         simulated = applied is not None and applied.simulated
@@ -171,4 +173,3 @@ def _layer(row: Any) -> dict[str, Any]:
         "block": row.block,
         "sparsity": round(row.sparsity, 6),
     }
-

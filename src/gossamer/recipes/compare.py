@@ -61,9 +61,13 @@ class Comparison:
             try:
                 held = json.loads(file.read_text(encoding="utf-8"))["signature"]
             except (ValueError, KeyError):
-                raise GossamerError(f"{file} is damaged; name another folder or remove it") from None
+                raise GossamerError(
+                    f"{file} is damaged; name another folder or remove it"
+                ) from None
             if held != self.signature:
-                names = sorted(k for k in held | self.signature if held.get(k) != self.signature.get(k))
+                names = sorted(
+                    k for k in held | self.signature if held.get(k) != self.signature.get(k)
+                )
                 raise GossamerError(
                     f"{self.out} holds a different run ({', '.join(names)} differ); "
                     "name another folder or remove it"

@@ -4,6 +4,7 @@ Every engine yields ``(cell, row)`` as cells end, in any order. The caller write
 workers need no common disk.
 """
 
+import logging
 import multiprocessing
 import os
 from collections.abc import Iterator, Sequence
@@ -74,7 +75,7 @@ def on_ray(
         raise GossamerError("engine ray needs Ray; pip install 'gossamer[ray]'") from None
     begun = not ray.is_initialized()
     if begun:
-        ray.init(address=address, logging_level="ERROR", log_to_driver=False)
+        ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
     try:
         jobs = min(jobs, len(cells))
         worker: Any = ray.remote(Bench)

@@ -18,7 +18,7 @@ from gossamer.models import (
     load_model,
     read_documents,
 )
-from gossamer.models.store import read_stages
+from gossamer.models.store import read_stages, require_new
 from gossamer.models.store import save as save_folder
 from gossamer.recipes import text
 
@@ -136,7 +136,9 @@ class Recipe:
         if not isinstance(stages, list):
             raise GossamerError("stages is a list of methods, such as '- method: wanda'")
         if len(stages) > MAX_STAGES:
-            raise GossamerError(f"a recipe has 1 to {MAX_STAGES} stages; this one has {len(stages)}")
+            raise GossamerError(
+                f"a recipe has 1 to {MAX_STAGES} stages; this one has {len(stages)}"
+            )
         made = tuple(_stage(number, stage) for number, stage in enumerate(stages, 1))
         rest = {k: v for k, v in values.items() if k != "stages"}
         return cls(stages=made, folder=folder, **rest)
@@ -156,9 +158,8 @@ class Recipe:
         """Load the model, apply the stages, save if ``out`` is set."""
         if self.model is None:
             raise GossamerError("the recipe names no model; add 'model: nano' or a folder")
-        if self.out is not None and (target := self.folder / self.out).exists():
-            if not target.is_dir() or any(target.iterdir()):
-                raise GossamerError(f"{target} exists and is not empty; name a new folder")
+        if self.out is not None:
+            require_new(self.folder / self.out)
         loaded = load_model(self._path(self.model))
         done = self.apply(loaded.model, loaded.tokenizer, progress=progress)
         if self.out is not None:
@@ -182,8 +183,7 @@ class Recipe:
         done: list[Applied] = []
         try:
             for method in self.stages:
-                options = {"progress": progress} if progress is not None else {}
-                done.append(method.apply(model, tokens, **options))
+                done.append(method.apply(model, tokens, progress=progress))
         except BaseException:
             AppliedRecipe(model, tokenizer, done).restore()
             raise
@@ -229,5 +229,3 @@ def load(source: str | Path, **options: Any) -> Loaded:
 
 def _fields(values: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in values.items() if k != "method"}
-
-

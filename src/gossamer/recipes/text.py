@@ -42,7 +42,9 @@ class _Loader(yaml.SafeLoader):
 
 
 _Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"(?:true|false)\Z"), list("tf"))
-_Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"(?:null|~|)\Z"), ["n", "~", ""])
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:null", re.compile(r"(?:null|~|)\Z"), ["n", "~", ""]
+)
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:int", re.compile(_INT.pattern + r"\Z"), list("-+0123456789")
 )
@@ -64,7 +66,7 @@ def parse(text: str) -> Any:
     if len(text.encode("utf-8")) > MAX_BYTES:
         raise GossamerError(f"a recipe has at most {MAX_BYTES:,} bytes")
     try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+        return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"line {mark.line + 1}: " if mark is not None else ""

@@ -5,7 +5,6 @@ from typing import ClassVar
 
 import pytest
 import torch
-from tests.models.tiny import tiny_model
 
 from gossamer.core import QuantileSketch, Stat
 from gossamer.methods.activations.base import Thresholded
@@ -13,6 +12,7 @@ from gossamer.methods.activations.calibration import BlockError, trial_data
 from gossamer.methods.activations.greedy import weighted_mean
 from gossamer.methods.activations.teal import TEAL
 from gossamer.models import Tokens, find_sites, stream
+from tests.models.tiny import tiny_model
 
 torch.set_num_threads(1)
 

@@ -1,10 +1,10 @@
 """Stacked experts: the masked loop is the stack's own arithmetic."""
 
 import torch
-from tests.models.tiny import tiny_model
 
 from gossamer.methods.activations.experts import hook_down
 from gossamer.methods.activations.positions import Positions
+from tests.models.tiny import tiny_model
 
 
 def _stack():

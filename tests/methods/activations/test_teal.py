@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.models.tiny import ARCHITECTURES, DECODERS, tiny_model
 from transformers import AutoModelForCausalLM
 
 from gossamer.core import GossamerError
 from gossamer.methods.activations.teal import TEAL
 from gossamer.models import Inputs, Tokens, find_sites
 from gossamer.models.store import read_stages
+from tests.models.tiny import ARCHITECTURES, DECODERS, tiny_model
 
 torch.set_num_threads(1)
 

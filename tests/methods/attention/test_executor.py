@@ -2,13 +2,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.methods.attention.naive import naive_attention, window_keys
 
 from gossamer.core import GossamerError
 from gossamer.methods.attention.executor import Call, choose, execute, run
 from gossamer.methods.attention.index import BlockIndex, WindowIndex
 from gossamer.methods.attention.layout import Layout
 from gossamer.methods.attention.window import window_attention, window_cost
+from tests.methods.attention.naive import naive_attention, window_keys
 
 EXECUTORS = ("reference", "masked", "window")
 

@@ -3,13 +3,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tests.models.tiny import DECODERS, ENCODERS, tiny_model
 from transformers import AttentionInterface, AttentionMaskInterface, LlamaForCausalLM
 
 from gossamer.core import GossamerError
 from gossamer.core.pattern import Window
 from gossamer.methods.attention.streaming_llm import StreamingLLM
 from gossamer.models import Tokens
+from tests.models.tiny import DECODERS, ENCODERS, tiny_model
 
 BACKENDS = ("auto", "reference", "window")
 

@@ -74,3 +74,10 @@ def test_toy_rows_have_the_promised_statistics():
     assert torch.equal(first, again)
     assert not torch.equal(first, next(bed.batches(32, seed=2)))
     assert not torch.equal(Superposition(seed=1).true_atoms(), Superposition().true_atoms())
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_equal_seeds_do_not_hand_the_answer_to_a_fresh_dictionary(seed):
+    bed = Superposition(seed=seed)
+    fresh = Dictionary.random(bed.d_in, 2 * bed.atoms, TopK(1), seed=seed)
+    assert matched_cosine(fresh.W_dec, bed.true_atoms()) < 0.6

@@ -8,6 +8,7 @@ from gossamer.claims.features.topk_sae import CLAIMS
 from gossamer.core import GossamerError
 from gossamer.methods.features.autoencoder import Dictionary
 from gossamer.methods.features.topk_sae import TopKSAE
+from gossamer.methods.features.training import Trainer
 from gossamer.models import Tokens
 from tests.models.tiny import tiny_model
 
@@ -155,7 +156,16 @@ def test_impossible_combinations_are_refused_before_training():
     assert hooks_of(model) == 0
 
 
-def test_claims_fail_for_a_stub():
+def test_the_smoke_claim_holds_for_the_method_and_fails_without_training(monkeypatch):
+    smoke = CLAIMS[0]
+    assert smoke.tier == "smoke"
+    assert smoke.check([smoke.run(101)]) is Verdict.HOLDS
+    monkeypatch.setattr(Trainer, "step", lambda trainer, rows: None)
+    # Another seed: the trained figures are kept for claims that share them.
+    assert smoke.check([smoke.run(102)]) is Verdict.FAILS
+
+
+def test_claims_fail_for_figures_of_a_stub():
     """A dictionary that learns nothing, one that is dense, and a baseline let off too easily."""
     smoke, small, alive = CLAIMS
     good = {"k": 3.0, "l0_topk": 3.0, "fvu_topk": 0.1, "mcc_topk": 0.98, "mcc_random": 0.5}

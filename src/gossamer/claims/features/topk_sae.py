@@ -23,7 +23,7 @@ _BEDS = {
     "small": Superposition(d_in=32, atoms=96, active=5.0),
 }
 # Chosen so that the penalised code is as dense as the TopK one, or a little denser.
-_L1 = {"smoke": 4.5, "small": 3.25}
+_L1 = {"smoke": 4.5, "small": 4.0}
 
 
 @contextmanager
@@ -43,7 +43,7 @@ def _bed(tier: Tier, seed: int) -> Superposition:
 
 def _recipe(tier: Tier, seed: int) -> Recipe:
     """The method's own recipe; the smoke bed takes larger and fewer steps."""
-    steps, batch, lr = (2500, 512, None) if tier == "small" else (300, 256, 5e-3)
+    steps, batch, lr = (3500, 512, None) if tier == "small" else (300, 256, 5e-3)
     return TopKSAE(lr=lr, seed=seed).recipe(steps, batch)
 
 
@@ -135,7 +135,7 @@ CLAIMS = (
     Claim(
         name="beats an L1 penalty",
         **_L1_TEXT,
-        experiment="rows made of 5 of 96 known atoms in 32 dimensions, 192 latents, 2500 steps of "
+        experiment="rows made of 5 of 96 known atoms in 32 dimensions, 192 latents, 3500 steps of "
         "512 rows; the penalty is tuned to about the same L0; holds when TopK's FVU is at most 0.4 "
         "of L1's",
         run=partial(_against_l1, "small"),
@@ -147,7 +147,7 @@ CLAIMS = (
         "latents, keep latents in use.",
         paper="without both most latents of large dictionaries die; with them 7 % of 16 million",
         experiment="rows made of 5 of 96 known atoms, as above, against an untied random encoder "
-        "without the auxiliary loss; holds when the true atoms found (MCC) rise by 0.04 and FVU "
+        "without the auxiliary loss (at this size the start does most of it); holds when the true atoms found (MCC) rise by 0.04 and FVU "
         "falls to 0.9",
         run=_against_untied,
         check=_check_untied,

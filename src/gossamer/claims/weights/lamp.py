@@ -1,6 +1,7 @@
 """LAMP allocates by layer-relative magnitude: better than uniform, and blind to layer scale."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from sklearn.datasets import load_digits
@@ -17,7 +18,7 @@ _SPARSITY = 0.95
 
 
 def _digits(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    data = load_digits()
+    data: Any = load_digits()
     x = torch.tensor(data.data, dtype=torch.float32) / 16
     y = torch.tensor(data.target)
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
@@ -25,7 +26,9 @@ def _digits(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return x[train], y[train], x[test], y[test]
 
 
-def _train(net: nn.Sequential, x: Tensor, y: Tensor, epochs: int, masks: Mapping[str, Tensor]) -> None:
+def _train(
+    net: nn.Sequential, x: Tensor, y: Tensor, epochs: int, masks: Mapping[str, Tensor]
+) -> None:
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
     weights = dict(net.named_parameters())
     for _ in range(epochs):
@@ -75,7 +78,7 @@ def _run(seed: int) -> Figures:
     before = {rule: _select(net, rule, seed) for rule in ("lamp", "global")}
     figures["fewest"] = float(min(s.kept for s in before["lamp"].values()))
     with torch.no_grad():
-        net[2].weight.mul_(1024.0)
+        net.get_parameter("2.weight").mul_(1024.0)
     for rule, held in before.items():
         after = _select(net, rule, seed)
         figures[f"{rule}_changed"] = float(

@@ -9,38 +9,34 @@ from torch import nn
 
 from gossamer.claims.base import Claim, Figures, Verdict, mean
 from gossamer.claims.lm import calibration, loss, nano, outlier_channels
-from gossamer.core import Budget, Stat
-from gossamer.methods.weights.magnitude import Magnitude
-from gossamer.methods.weights.random import Random
-from gossamer.methods.weights.wanda import Wanda
+from gossamer.core import Budget, Stat, Unstructured
+from gossamer.core.scores import magnitude as size
+from gossamer.core.scores import weight_times_input
+from gossamer.methods import make, parse_method
 from gossamer.models import find_sites, stream
 
 __all__ = ["CLAIMS"]
 
-_SPARSITIES = (0.3, 0.5)
-_HALF = Budget(sparsity=0.5)
+_PERCENTS = (30, 50)
 
 
 def _quality(seed: int) -> Figures:
     model, tokens = nano().model, calibration(seed)
     dense = loss(model)
     figures: dict[str, float] = {"dense": dense}
-    for sparsity in _SPARSITIES:
-        for method in (
-            Wanda(sparsity=sparsity),
-            Magnitude(sparsity=sparsity, pattern="row"),
-            Random(sparsity=sparsity, seed=seed),
-        ):
+    for percent in _PERCENTS:
+        for key in ("wanda", "magnitude", "random"):
+            method = parse_method(key, sparsity=percent / 100, pattern="row", seed=seed)
             with method.apply(model, tokens):
-                figures[f"{method.key()}_{sparsity}"] = loss(model) - dense
+                figures[f"{key}_{percent}"] = loss(model) - dense
     return figures
 
 
 def _quality_check(runs: Sequence[Figures]) -> Verdict:
     verdict = Verdict.HOLDS
-    for s in _SPARSITIES:
+    for percent in _PERCENTS:
         wanda, magnitude, random = (
-            mean(runs, f"{name}_{s}") for name in ("wanda", "magnitude", "random")
+            mean(runs, f"{name}_{percent}") for name in ("wanda", "magnitude", "random")
         )
         if not wanda < random / 2:
             return Verdict.FAILS
@@ -56,7 +52,7 @@ def _masks(model: nn.Module, method: Any, tokens: Any) -> dict[str, torch.Tensor
 
 def _invariance(seed: int) -> Figures:
     model, tokens = nano().model, calibration(seed)
-    wanda, magnitude = Wanda(sparsity=0.5), Magnitude(sparsity=0.5, pattern="row")
+    wanda, magnitude = (make(k, sparsity=0.5, pattern="row") for k in ("wanda", "magnitude"))
     dense = loss(model)
     before = {m.key(): _masks(model, m, tokens) for m in (wanda, magnitude)}
     with magnitude.apply(model):
@@ -100,8 +96,8 @@ def _reconstruction(seed: int) -> Figures:
             hessian = block.stats[site.name][Stat.HESSIAN].double()
             norm = hessian.diagonal().sqrt().float()
             errors = []
-            for score in (weight.abs() * norm, weight.abs()):
-                keep = Wanda().pattern.select(score, _HALF).mask()
+            for score in (weight_times_input(weight, norm), size(weight)):
+                keep = Unstructured("row").select(score, Budget(sparsity=0.5)).mask()
                 lost = weight.masked_fill(keep, 0).double()
                 errors.append(float(((lost @ hessian) * lost).sum()))
             better.append(errors[0] < errors[1])
@@ -127,9 +123,9 @@ CLAIMS = (
         "random beside it",
         run=_quality,
         check=_quality_check,
-        ours="loss over dense {dense:.2f}: at 30 % Wanda {wanda_0.3:+.3f}, magnitude "
-        "{magnitude_0.3:+.3f}, random {random_0.3:+.2f}; at 50 % {wanda_0.5:+.3f}, "
-        "{magnitude_0.5:+.3f}, {random_0.5:+.2f}",
+        ours="loss over dense {dense:.2f}: at 30 % Wanda {wanda_30:+.3f}, magnitude "
+        "{magnitude_30:+.3f}, random {random_30:+.2f}; at 50 % {wanda_50:+.3f}, "
+        "{magnitude_50:+.3f}, {random_50:+.2f}",
     ),
     Claim(
         name="ignores channel scale",

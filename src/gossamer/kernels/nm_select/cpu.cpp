@@ -7,8 +7,9 @@
 //
 // Plain C interface, no dependency. Instruction sets are chosen at run time.
 
+#include <algorithm>
+#include <atomic>
 #include <cstdint>
-#include <cstring>
 #include <thread>
 #include <vector>
 
@@ -42,10 +43,10 @@ struct Float64 {
 template <int kInfinity>
 struct Half {
     using Stored = uint16_t;
-    using Key = int16_t;
+    using Key = int32_t;
     INLINE Key key(Stored x) {
-        const int16_t size = static_cast<int16_t>(x & 0x7fff);
-        return static_cast<int16_t>(x & 0x8000 ? -size : size);  // -0 and +0 are equal
+        const int32_t size = x & 0x7fff;
+        return x & 0x8000 ? -size : size;  // -0 and +0 are equal
     }
     INLINE int32_t nan(Stored x) { return (x & 0x7fff) > kInfinity; }
 };
@@ -59,13 +60,16 @@ constexpr int kWidest = 64;
 template <class T>
 INLINE int rank_lanes(const typename T::Stored* in, uint8_t* out, int of, int keep) {
     using Key = typename T::Key;
+    typename T::Stored raw[kWidest][kLanes];
     Key key[kWidest][kLanes];
     int32_t bad = 0;
+    // Laid side by side first, and only then computed with: the moves are the scalar part.
     for (int g = 0; g < kLanes; ++g)
-        for (int j = 0; j < of; ++j) {
-            const auto x = in[g * of + j];
-            key[j][g] = T::key(x);
-            bad |= T::nan(x);
+        for (int j = 0; j < of; ++j) raw[j][g] = in[g * of + j];
+    for (int j = 0; j < of; ++j)
+        for (int g = 0; g < kLanes; ++g) {
+            key[j][g] = T::key(raw[j][g]);
+            bad |= T::nan(raw[j][g]);
         }
     for (int j = 0; j < of; ++j) {
         // Summed in the score's own width: mixing widths would break the vectors up.
@@ -245,21 +249,23 @@ int gossamer_nm_mask(const void* in, uint8_t* out, int64_t groups, int of, int k
                      int threads, int level) {
     const int64_t width = dtype == kFloat32 ? 4 : dtype == kFloat64 ? 8 : 2;
     const auto* bytes = static_cast<const char*>(in);
-    // A thread costs some ten microseconds: it must have at least that much to do.
-    const int64_t worth = groups * of / (1 << 18);
-    const int64_t count = threads < 1 ? 1 : threads < worth ? threads : worth < 1 ? 1 : worth;
-    std::vector<int> bad(static_cast<size_t>(count), 0);
-    auto work = [&](int64_t t) {
-        const int64_t begin = groups * t / count, end = groups * (t + 1) / count;
-        bad[static_cast<size_t>(t)] = rank(level, dtype, bytes + begin * of * width,
-                                           out + begin * of, end - begin, of, keep);
+    // A share is worth more than starting a thread, some ten microseconds. Threads take shares
+    // until none is left, so that one held up by another program holds up little.
+    const int64_t share = std::max<int64_t>(1, (1 << 18) / of);
+    const int64_t shares = (groups + share - 1) / share;
+    std::atomic<int64_t> next{0};
+    std::atomic<int> bad{0};
+    auto work = [&] {
+        for (int64_t s = next++; s < shares; s = next++) {
+            const int64_t begin = s * share, size = std::min(share, groups - begin);
+            if (rank(level, dtype, bytes + begin * of * width, out + begin * of, size, of, keep))
+                bad = 1;
+        }
     };
     std::vector<std::thread> others;
-    for (int64_t t = 1; t < count; ++t) others.emplace_back(work, t);
-    work(0);
+    for (int64_t t = 1; t < std::min<int64_t>(threads, shares); ++t) others.emplace_back(work);
+    work();
     for (auto& other : others) other.join();
-    for (int b : bad)
-        if (b) return 1;
-    return 0;
+    return bad;
 }
 }

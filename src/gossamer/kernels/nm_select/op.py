@@ -19,7 +19,7 @@ from gossamer.core.rank import check_scores
 from gossamer.kernels import build
 from gossamer.kernels.nm_select.reference import nm_mask_reference
 
-__all__ = ["Backend", "backend_for", "nm_mask", "register"]
+__all__ = ["Backend", "backend_for", "instruction_set", "nm_mask", "register"]
 
 Backend = Literal["auto", "reference", "cpu"]
 
@@ -53,6 +53,17 @@ def backend_for(groups: Tensor) -> Literal["reference", "cpu"]:
     """What ``auto`` runs for a tensor."""
     fits = groups.device.type == "cpu" and groups.dtype in _DTYPES
     return "cpu" if fits and _usable() else "reference"
+
+
+def instruction_set() -> str:
+    """What the cpu backend runs on here: portable, AVX2 or AVX-512.
+
+    Raises
+    ------
+    CannotBuild
+        If the kernel cannot be compiled.
+    """
+    return _LEVELS[_functions()[1]]
 
 
 def nm_mask(

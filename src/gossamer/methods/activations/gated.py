@@ -1,6 +1,7 @@
 """A model at work behind gates: it measures itself, reports, undoes itself, and can be saved."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from inspect import signature
 from math import fsum
@@ -75,13 +76,20 @@ class GatedModel(Applied):
         base = self.model.get_submodule(self.sites.base)
         names = signature(base.forward).parameters
         device = next(base.parameters()).device
-        with evaluating(self.model), self._gates.counting() as counts:
+        with evaluating(self.model), self.measuring():
             for batch in data.batches(batch_size, device):
                 base(**{name: value for name, value in batch.items() if name in names})
+        assert self.measured is not None
+        return self.measured
+
+    @contextmanager
+    def measuring(self) -> Iterator[None]:
+        """While open, count what every gate removes over the masked tokens of forward passes."""
+        with self._gates.counting() as counts:
+            yield
         self.measured = {
             name: int(counts[name][0]) / max(1, int(counts[name][1])) for name in self.gates
         }
-        return self.measured
 
     def state(self) -> State:
         """The cuts, and where they belong."""

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from gossamer.core import GossamerError, Method, unknown
 from gossamer.methods.attention.applied import Selector, SparseAttention
 from gossamer.methods.attention.executor import Backend
-from gossamer.models import Tokens, as_tokens, context_length
+from gossamer.models import Progress, Tokens, as_tokens, context_length
 
 __all__ = ["AttentionMethod", "Selector", "SparseAttention"]
 
@@ -54,7 +54,9 @@ class AttentionMethod(Method):
     def replan(self, meta: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Selector:
         """The selector whose :meth:`Selector.state` was stored."""
 
-    def apply(self, model: nn.Module, data: Any = None) -> SparseAttention:
+    def apply(
+        self, model: nn.Module, data: Any = None, *, progress: Progress | None = None
+    ) -> SparseAttention:
         """Install the method in a decoder.
 
         Parameters

@@ -87,6 +87,11 @@ class StreamingLLM(AttentionMethod):
         "the cache keeps all keys",
     )
 
+    exempt: ClassVar = {
+        "exact sparsity": "a window has whole keys: the widest that removes at least the sparsity",
+        "encoders": "sinks and a causal window belong to decoders",
+    }
+
     sparsity: float | None = None
     sink: int = 4
     recent: int | None = None

@@ -5,7 +5,7 @@ Encoder, decoder, trainer, activation source, files and splice are shared.
 """
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
@@ -13,13 +13,10 @@ from torch import Tensor, nn
 
 from gossamer.core import GossamerError, Method
 from gossamer.methods.features.autoencoder import Dictionary
+from gossamer.methods.features.hooks import find_module
 from gossamer.methods.features.measure import DictionaryScore, score_rows
 from gossamer.methods.features.rules import Rule
-from gossamer.methods.features.source import (
-    ActivationSource,
-    check_sink_multiple,
-    find_module,
-)
+from gossamer.methods.features.source import ActivationSource, check_sink_multiple
 from gossamer.methods.features.splicing import SplicedModel
 from gossamer.methods.features.training import Recipe, train
 from gossamer.models import Inputs, Progress, as_tokens, find_sites
@@ -150,17 +147,9 @@ class DictionaryMethod(Method):
         """
         source = self.source(model, data)
         method, made = self._fit(model, source, progress)
-        score = score_rows(made, _first(source.one_pass(), _SCORED_ROWS))
+        score = score_rows(made, source.head(_SCORED_ROWS))
         made.metadata["score"] = vars(score)
-        return SplicedModel(
-            method,
-            model,
-            made,
-            source.path,
-            score,
-            block=_block_of(model, source.path),
-            keep_error=keep_error,
-        )
+        return SplicedModel(method, model, made, source.path, score, keep_error=keep_error)
 
     def reattach(
         self, model: nn.Module, meta: Mapping[str, Any], tensors: Mapping[str, Tensor]
@@ -168,30 +157,6 @@ class DictionaryMethod(Method):
         """Splice in a stored dictionary again."""
         made = Dictionary.from_tensors(meta["config"], tensors).eval().requires_grad_(False)
         made.to(next(model.parameters()).device)
-        return SplicedModel(
-            self,
-            model,
-            made,
-            meta["hook"],
-            DictionaryScore(**meta["score"]),
-            block=meta["block"],
-            keep_error=meta["keep_error"],
-        )
-
-
-def _first(batches: Iterator[Tensor], rows: int) -> Iterator[Tensor]:
-    """Batches until so many rows have passed."""
-    for batch in batches:
-        yield batch
-        rows -= len(batch)
-        if rows <= 0:
-            return
-
-
-def _block_of(model: nn.Module, path: str) -> int:
-    """Index of the block that a module belongs to; -1 outside the blocks."""
-    try:
-        blocks = find_sites(model).blocks
-    except GossamerError:
-        return -1
-    return next((i for i, b in enumerate(blocks) if path == b or path.startswith(f"{b}.")), -1)
+        score = DictionaryScore(**meta["score"])
+        keep_error = meta["keep_error"]
+        return SplicedModel(self, model, made, meta["hook"], score, keep_error=keep_error)

@@ -1,136 +1,26 @@
 """ActivationSource: the activations of any module, as shuffled rows ready for training.
 
-A plain forward hook reads the module's output and stops the forward pass there: nothing behind
-the module is computed. Padding never enters.
-Shapes: B = windows of a batch, T = tokens, R = rows, D = width of the module's output.
+The forward pass ends at the module: nothing behind it is computed. Padding never enters.
+Shapes: R = rows, D = width of the module's output.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gossamer.core import GossamerError, nearest
+from gossamer.core import GossamerError
+from gossamer.methods.features.hooks import record
 from gossamer.models import Inputs, Tokens
 
-__all__ = [
-    "ActivationSource",
-    "check_sink_multiple",
-    "find_module",
-    "hidden_of",
-    "record",
-    "with_hidden",
-]
-
-
-class _Recorded(Exception):  # noqa: N818 - a signal, not an error
-    """Ends a forward pass once every wanted module has spoken."""
-
-
-def find_module(model: nn.Module, path: str) -> nn.Module:
-    """The submodule at a dotted path.
-
-    Raises
-    ------
-    GossamerError
-        For an unknown path, offering the nearest ones.
-    """
-    modules = dict(model.named_modules())
-    if path and path in modules:
-        return modules[path]
-    paths = [name for name in modules if name]
-    # Deep paths are alike in their last part, so a wrong prefix is looked up by the tail too.
-    tail = path.rpartition(".")[2]
-    close = nearest(path, paths) or [name for name in paths if tail and name.endswith(tail)][:3]
-    top = ", ".join(name for name, _ in model.named_children())
-    hint = f"did you mean {' or '.join(close)}?" if close else f"it holds {top}"
-    raise GossamerError(f"no module {path!r} in {type(model).__name__}; {hint}")
+__all__ = ["ActivationSource", "check_sink_multiple"]
 
 
 def check_sink_multiple(multiple: float | None) -> None:
     """Refuse a multiple of the median norm that would call ordinary rows sinks."""
     if multiple is not None and not 1 < multiple < float("inf"):
         raise GossamerError(f"sink_multiple is {multiple!r}; give a number above 1, or None")
-
-
-def hidden_of(output: Any, path: str) -> Tensor:
-    """The activations in a module's output: the tensor itself, or the first of a tuple.
-
-    Raises
-    ------
-    GossamerError
-        If the output is neither, or not floating point.
-    """
-    first = output[0] if isinstance(output, tuple | list) and output else output
-    if not isinstance(first, Tensor) or not first.is_floating_point() or first.dim() < 2:
-        raise GossamerError(
-            f"module {path!r} returns {type(output).__name__}, not activations; hook a block, an "
-            "attention, an MLP or a linear layer"
-        )
-    return first
-
-
-def with_hidden(output: Any, hidden: Tensor) -> Any:
-    """A module's output with its activations replaced, in the form it had."""
-    if isinstance(output, Tensor):
-        return hidden
-    return type(output)([hidden, *output[1:]])
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Without dropout inside the block; every module's own mode comes back."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-@torch.no_grad()
-def record(
-    model: nn.Module, paths: tuple[str, ...], batch: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """Outputs of modules in one forward pass that ends at the last of them.
-
-    Parameters
-    ----------
-    paths : dotted module paths. batch : keyword arguments of the model.
-
-    Returns
-    -------
-    Path to the activations as the module returned them.
-
-    Raises
-    ------
-    GossamerError
-        If a path is unknown, or its module does not run in this forward pass.
-    """
-    modules = {path: find_module(model, path) for path in paths}
-    found: dict[str, Tensor] = {}
-
-    def keep(path: str) -> Any:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            found[path] = hidden_of(output, path)
-            if len(found) == len(modules):
-                raise _Recorded
-
-        return hook
-
-    with ExitStack() as stack:
-        for path, module in modules.items():
-            stack.callback(module.register_forward_hook(keep(path)).remove)
-        stack.enter_context(_evaluating(model))
-        try:
-            model(**batch)
-        except _Recorded:
-            return found
-    missing = ", ".join(path for path in paths if path not in found)
-    raise GossamerError(f"module {missing} does not run in the model's forward pass; hook another")
 
 
 class ActivationSource:
@@ -229,6 +119,14 @@ class ActivationSource:
         order = torch.arange(len(self.data)) if order is None else order
         for at in order.split(self.windows):
             yield self._rows(at)
+
+    def head(self, rows: int) -> Iterator[Tensor]:
+        """Batches of :meth:`one_pass` until so many rows have passed."""
+        for batch in self.one_pass():
+            yield batch
+            rows -= len(batch)
+            if rows <= 0:
+                return
 
     @property
     def count(self) -> int:

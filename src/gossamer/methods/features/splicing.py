@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from gossamer.core import GossamerError, Method, SparseRows
 from gossamer.methods.features.autoencoder import Dictionary
+from gossamer.methods.features.hooks import find_module, hidden_of, with_hidden
 from gossamer.methods.features.measure import DictionaryScore
-from gossamer.methods.features.source import ActivationSource, find_module, hidden_of, with_hidden
-from gossamer.models import Applied, Report, SiteRow, State, Tokens
+from gossamer.methods.features.source import ActivationSource
+from gossamer.models import Applied, Report, SiteRow, State, Tokens, find_sites
 
 __all__ = ["LossRecovered", "Splice", "SplicedModel", "loss_recovered"]
 
@@ -96,12 +97,11 @@ class SplicedModel(Applied):
         hook: str,
         score: DictionaryScore,
         *,
-        block: int = -1,
         keep_error: bool = False,
     ) -> None:
         super().__init__(method, model)
         self.dictionary, self.hook, self.score = dictionary, hook, score
-        self.block, self.keep_error = block, keep_error
+        self.keep_error = keep_error
         self._splice = Splice(model, hook, dictionary, keep_error=keep_error)
 
     def restore(self) -> None:
@@ -110,16 +110,24 @@ class SplicedModel(Applied):
     def state(self) -> State:
         meta = {
             "hook": self.hook,
-            "block": self.block,
             "keep_error": self.keep_error,
             "config": self.dictionary.config(),
             "score": asdict(self.score),
         }
         return State(meta, self.dictionary.tensors())
 
+    def _block(self) -> int:
+        """Index of the block that the module belongs to; -1 outside the blocks."""
+        try:
+            blocks = find_sites(self.model).blocks
+        except GossamerError:
+            return -1
+        inside = (i for i, block in enumerate(blocks) if f"{self.hook}.".startswith(f"{block}."))
+        return next(inside, -1)
+
     def report(self) -> Report:
         made, score = self.dictionary, self.score
-        row = SiteRow(self.hook, "codes", self.block, made.d_sae, 1 - score.l0 / made.d_sae)
+        row = SiteRow(self.hook, "codes", self._block(), made.d_sae, 1 - score.l0 / made.d_sae)
         notes = (
             f"L0 {score.l0:.2f}"
             + (f" of k = {made.rule.budget}" if made.rule.budget is not None else "")

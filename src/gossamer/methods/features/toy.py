@@ -12,6 +12,11 @@ from torch import Tensor, nn
 
 __all__ = ["Superposition"]
 
+# Far from the seeds of dictionaries: with a common seed, a dictionary's first atoms and the true
+# ones would be the same draw, and the answer would be given away before training. Below 2^32,
+# because torch's CPU generator drops the higher bits of a seed.
+_ATOMS, _ROWS = 0x5EED0000, 0x3A7D0000
+
 
 @dataclass(frozen=True)
 class Superposition:
@@ -32,7 +37,7 @@ class Superposition:
 
     def true_atoms(self) -> Tensor:
         """(G, D), unit norm."""
-        generator = torch.Generator().manual_seed(self.seed)
+        generator = torch.Generator().manual_seed(_ATOMS + self.seed)
         return nn.functional.normalize(
             torch.randn(self.atoms, self.d_in, generator=generator), dim=1
         )
@@ -52,7 +57,7 @@ class Superposition:
     def batches(self, size: int, seed: int = 0) -> Iterator[Tensor]:
         """Endless (size, D) batches of fresh rows; equal for equal seeds."""
         atoms, rates = self.true_atoms(), self.rates()
-        generator = torch.Generator().manual_seed(seed + 1_000_003 * (self.seed + 1))
+        generator = torch.Generator().manual_seed(_ROWS + 1_000_003 * self.seed + seed)
         while True:
             on = torch.rand(size, self.atoms, generator=generator) < rates
             amount = 0.5 + torch.randn(size, self.atoms, generator=generator).abs()

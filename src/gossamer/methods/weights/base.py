@@ -8,7 +8,7 @@ Shapes: O = out features, I = in features of a layer.
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 from zlib import crc32
 
@@ -44,9 +44,18 @@ from gossamer.models import (
 )
 from gossamer.models import stream as stream_blocks
 
-__all__ = ["LayerView", "OneShot", "Pruned", "PrunedModel", "Scored"]
+__all__ = ["LayerView", "OneShot", "Pruned", "PrunedModel", "Scored", "prunable"]
 
 Allocation = Literal["uniform", "er", "erk", "lamp", "global", "owl"]
+
+
+def prunable(model: nn.Module) -> SiteMap:
+    """The sites weight pruning works on: all but routers, which are tiny and steer everything.
+
+    Embeddings, heads, norms and biases are no sites to begin with.
+    """
+    sites = find_sites(model)
+    return replace(sites, sites=tuple(s for s in sites.sites if s.role != "experts.router"))
 
 
 @dataclass(frozen=True)
@@ -106,7 +115,9 @@ class OneShot(Method):
         fixed = self.pattern.fixed_sparsity
         if self.sparsity is None:
             object.__setattr__(self, "sparsity", 0.5 if fixed is None else fixed)
-        elif fixed is not None and self.allocation == "uniform" and abs(self.sparsity - fixed) > 1e-9:
+        elif (
+            fixed is not None and self.allocation == "uniform" and abs(self.sparsity - fixed) > 1e-9
+        ):
             raise GossamerError(
                 f"pattern {self.pattern} fixes the sparsity at {fixed:g}; got {self.sparsity}: "
                 "leave the sparsity out or choose another pattern"
@@ -166,7 +177,7 @@ class OneShot(Method):
             When a layer cannot take the pattern, or the data cannot be used; the model is then
             left as it was.
         """
-        sites = find_sites(model)
+        sites = prunable(model)
         self._refuse_early(sites)
         work = PrunedModel(self, model, undo=undo)
         tokens = data
@@ -200,7 +211,7 @@ class OneShot(Method):
     ) -> "PrunedModel":
         """Take up the stored masks of a loaded model; its weights already hold the zeros."""
         work = PrunedModel(self, model, undo=False)
-        sites = {site.name: site for site in find_sites(model).sites}
+        sites = {site.name: site for site in prunable(model).sites}
         for name in meta["sites"]:
             if name not in sites:
                 raise GossamerError(f"the saved masks name {name}, which this model does not have")
