@@ -42,7 +42,7 @@ report: setup ## Build report/index.html from the last demo's records
 	$(BIN)/gossamer report report
 
 bench: setup ## Measure the core's speed figures
-	$(BIN)/python benchmarks/select.py
+	$(BIN)/python benchmarks/selection.py
 
 clean: ## Remove what the goals made
 	rm -rf .venv report build dist

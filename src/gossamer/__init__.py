@@ -11,7 +11,14 @@ Names load lazily; every method's class is here by name: ``gossamer.Wanda``, ``g
 
 from importlib import import_module
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gossamer.core import Budget, GossamerError, Pattern, Selection
+    from gossamer.evaluate import score, speed
+    from gossamer.models import Tokens, find_sites
+    from gossamer.recipes.compare import compare
+    from gossamer.recipes.recipe import Recipe, load
 
 __version__ = version("gossamer")
 

@@ -39,7 +39,7 @@ def test_rows_are_complete_and_the_model_comes_back():
     assert random["perplexity"] > magnitude["perplexity"] > dense["perplexity"]
     assert random["perplexity"] > wanda["perplexity"] > dense["perplexity"]
     for row in rows[1:]:
-        assert row["achieved_sparsity"] == pytest.approx(0.5, abs=0.02)
+        assert row["achieved_sparsity"] == pytest.approx(0.5, abs=0.05)
         assert row["tokens_per_second"] is None
     assert all(v.equal(before[k]) for k, v in model.state_dict().items())
     json.dumps(rows, allow_nan=False)

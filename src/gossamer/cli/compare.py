@@ -160,7 +160,7 @@ _COLUMNS = (
 
 
 def _perplexity(value: float | None) -> str:
-    return _number(value, ",.2f" if value is not None and value < 1e4 else ".2e")
+    return _number(value, ".2f" if value is None or value < 1000 else ",.0f")
 
 
 def rows_table(meta: dict[str, Any], rows: list[dict[str, Any]]) -> Any:
@@ -183,5 +183,5 @@ def _footnotes(rows: list[dict[str, Any]]) -> None:
             style="dim",
         )
     for r in rows:
-        if r.get("note"):
-            warn(f"{_name(r)}: {r['note']}")
+        for text in r.get("warnings", ()):
+            warn(f"{_name(r)}: {text}")

@@ -13,6 +13,7 @@ from typing import Any, get_type_hints
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+import gossamer.kernels  # noqa: F401 - registers the kernels that core selects with
 from gossamer.core import FAMILIES, GossamerError, Method, Pattern, parse_pattern, unknown
 
 __all__ = ["by_class_name", "get", "keys", "make", "parse_method", "split_text"]

@@ -53,7 +53,7 @@ class Report:
     unit : what is counted: ``weights``, ``input channels``, ``attention pairs``, ``latents``.
     all_size : parameters of the whole model where the unit is weights, else the rows' total.
     simulated : the arithmetic still runs densely; no speed or memory is gained yet.
-    notes : further facts in sentences.
+    notes : further facts in sentences. warnings : what a user must know of before relying on it.
     """
 
     method: dict[str, Any]
@@ -62,6 +62,7 @@ class Report:
     all_size: int
     simulated: bool
     notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
     @property
     def size(self) -> int:
@@ -95,7 +96,8 @@ class Report:
             head += "; simulated: runs dense"
         wide = max((len(r.name) for r in self.rows), default=0)
         lines = [f"  {r.name:<{wide}}  {r.sparsity:7.2%} of {r.size:>12,}" for r in self.rows]
-        return "\n".join([head, *lines, *(f"  note: {n}" for n in self.notes)])
+        facts = [f"  note: {n}" for n in self.notes] + [f"  warning: {w}" for w in self.warnings]
+        return "\n".join([head, *lines, *facts])
 
 
 class Applied(ABC):

@@ -157,7 +157,8 @@ class Bench:
             "settings": cell.method.to_dict() if cell.method else {},
             "model_parameters": sizes.parameters,
             "layers": [] if report is None else [_layer(row) for row in report.rows],
-            "note": None if report is None or not report.notes else "; ".join(report.notes),
+            "note": None if report is None else "; ".join(report.notes + report.warnings) or None,
+            "warnings": [] if report is None else list(report.warnings),
         }
 
 

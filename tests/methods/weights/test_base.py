@@ -208,7 +208,7 @@ def test_experts_without_tokens_fall_back_to_magnitude_and_say_so():
     tokens = Tokens.from_ids(torch.randint(3, 128, (1, 4)))
     applied = Wanda(sparsity=0.5).apply(model, tokens)
     assert applied.report().sparsity == pytest.approx(0.5)
-    unseen = [note for note in applied.report().notes if "saw no calibration token" in note]
+    unseen = [note for note in applied.report().warnings if "saw no calibration token" in note]
     for note in unseen:
         site = next(s for s in find_sites(model).sites if s.name == note.split()[0])
         assert int((site.weight(model) != 0).sum(1).unique()) == site.shape[1] // 2

@@ -26,19 +26,15 @@ from gossamer.core import (
     Stat,
     Unstructured,
     kept_count,
-    pack_bits,
     unpack_bits,
 )
 from gossamer.core import allocate as split
 from gossamer.core.scores import outlier_share, weight_times_input
+from gossamer.methods.weights.pruned import LayerView, Pruned, PrunedModel
 from gossamer.models import (
-    Applied,
     Inputs,
     Progress,
-    Report,
     SiteMap,
-    SiteRow,
-    State,
     as_tokens,
     find_sites,
 )
@@ -56,42 +52,6 @@ def prunable(model: nn.Module) -> SiteMap:
     """
     sites = find_sites(model)
     return replace(sites, sites=tuple(s for s in sites.sites if s.role != "experts.router"))
-
-
-@dataclass(frozen=True)
-class LayerView:
-    """What a method sees of a layer while it decides.
-
-    Parameters
-    ----------
-    site : which matrix of the model.
-    weight : (O, I), the current values.
-    stats : what the method's ``needs`` named, measured on the already pruned stream.
-    seed : differs from layer to layer, fixed by the method's seed and the layer's place.
-    """
-
-    site: Site
-    weight: Tensor
-    stats: Mapping[Stat, Any]
-    seed: int
-
-    def stat(self, stat: Stat) -> Any:
-        """A measured statistic."""
-        return self.stats[stat]
-
-
-@dataclass(frozen=True)
-class Pruned:
-    """A method's decision for one layer.
-
-    Parameters
-    ----------
-    selection : which weights stay, shape (O, I).
-    weight : new values of the survivors, (O, I), or None when they keep theirs.
-    """
-
-    selection: Selection
-    weight: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,14 +150,14 @@ class OneShot(Method):
                     model,
                     tokens,
                     self.needs,
-                    lambda block: work.prune_block(block.sites, block.stats, budgets),
+                    lambda block: self._prune(work, block.sites, block.stats, budgets),
                     sites=sites,
                     batch_size=batch_size,
                     progress=progress,
                 )
             else:
                 for index in range(len(sites.blocks)):
-                    work.prune_block(sites.in_block(index), {}, budgets)
+                    self._prune(work, sites.in_block(index), {}, budgets)
                     if progress:
                         progress(index + 1, len(sites.blocks), f"{self.key()}: pruning")
         except BaseException:
@@ -220,6 +180,23 @@ class OneShot(Method):
             work.kept[name] = Selection.from_mask(mask).kept
             work.sites[name] = sites[name]
         return work
+
+    def _prune(
+        self,
+        work: PrunedModel,
+        sites: tuple[Site, ...],
+        stats: Mapping[str, Mapping[Stat, Any]],
+        budgets: Mapping[str, tuple[Pattern, Budget]],
+    ) -> None:
+        """Decide and change every site of one block."""
+        for site in sites:
+            measured = work.usable(site, stats.get(site.name, {}))
+            layer = self.view(work.model, site, measured)
+            try:
+                pruned = self.prune(layer, *budgets[site.name])
+            except GossamerError as error:
+                raise GossamerError(f"{site.name}: {error}") from None
+            work.write(site, layer.weight, pruned)
 
     # -- how much where ---------------------------------------------------------------------
 
@@ -347,101 +324,3 @@ class Scored(OneShot):
 
     def prune(self, layer: LayerView, pattern: Pattern, budget: Budget) -> Pruned:
         return Pruned(pattern.select(self.score(layer), budget))
-
-
-class PrunedModel(Applied):
-    """A model whose weights were pruned; the zeros are in its parameters.
-
-    Masked-dense: the arithmetic is still dense, so ``simulated`` is True.
-    """
-
-    def __init__(self, method: OneShot, model: nn.Module, *, undo: bool) -> None:
-        super().__init__(method, model)
-        self.undo = undo
-        self.sites: dict[str, Site] = {}
-        self.kept: dict[str, int] = {}
-        self.masks: dict[str, Tensor] = {}
-        self.notes: list[str] = []
-        self._removed: dict[str, Tensor] = {}
-
-    def prune_block(
-        self,
-        sites: tuple[Site, ...],
-        stats: Mapping[str, Mapping[Stat, Any]],
-        budgets: Mapping[str, tuple[Pattern, Budget]],
-    ) -> None:
-        """Decide and change every site of one block."""
-        assert isinstance(self.method, OneShot)
-        for site in sites:
-            layer = self.method.view(self.model, site, self._usable(site, stats.get(site.name, {})))
-            try:
-                pruned = self.method.prune(layer, *budgets[site.name])
-            except GossamerError as error:
-                raise GossamerError(f"{site.name}: {error}") from None
-            self._write(site, layer.weight, pruned)
-
-    def _usable(self, site: Site, stats: Mapping[Stat, Any]) -> Mapping[Stat, Any]:
-        """An expert that saw no token has norms of zero, which rank nothing: take them as one."""
-        norm = stats.get(Stat.INPUT_L2)
-        if norm is None or bool(norm.any()):
-            return stats
-        self.notes.append(f"{site.name} saw no calibration token; pruned by magnitude")
-        return {**stats, Stat.INPUT_L2: torch.ones_like(norm)}
-
-    def _write(self, site: Site, weight: Tensor, pruned: Pruned) -> None:
-        mask = pruned.selection.mask()
-        if self.undo:
-            changed = pruned.weight is not None
-            self._removed[site.name] = weight.clone() if changed else weight[~mask]
-        if pruned.weight is not None:
-            weight.copy_(pruned.weight)
-        weight.masked_fill_(~mask, 0)
-        self.sites[site.name] = site
-        self.kept[site.name] = pruned.selection.kept
-        self.masks[site.name] = pack_bits(mask)
-
-    def selection(self, name: str) -> Selection:
-        """What stays of one site."""
-        return Selection.from_mask(unpack_bits(self.masks[name], self.sites[name].shape))
-
-    @torch.no_grad()
-    def restore(self) -> None:
-        if not self.undo:
-            raise GossamerError("pruned without undo: load the model again to have it dense")
-        for name, removed in self._removed.items():
-            weight = self.sites[name].weight(self.model)
-            if removed.dim() == 2:
-                weight.copy_(removed)
-            else:
-                mask = unpack_bits(self.masks[name], self.sites[name].shape)
-                weight[~mask] = removed
-        self._removed.clear()
-
-    @torch.no_grad()
-    def enforce(self) -> None:
-        """Set every removed weight to zero again, for example after an optimizer step."""
-        for name in self.masks:
-            self.selection(name).apply_(self.sites[name].weight(self.model))
-
-    def state(self) -> State:
-        return State(
-            {"sites": list(self.masks)}, {f"mask.{n}": mask for n, mask in self.masks.items()}
-        )
-
-    def report(self) -> Report:
-        rows = tuple(
-            SiteRow(name, site.role, site.block, site.size, 1.0 - self.kept[name] / site.size)
-            for name, site in self.sites.items()
-        )
-        total = sum(p.numel() for p in self.model.parameters())
-        return Report(
-            self.method.to_dict(), rows, "weights", total, self.simulated, tuple(self.notes)
-        )
-
-    def weight_bytes_saved(self) -> int:
-        saved = 0
-        for name, site in self.sites.items():
-            item = getattr(site.owner(self.model), site.parameter).element_size()
-            read = self.kept[name] * item + -(-site.size // 8)
-            saved += max(0, site.size * item - read)
-        return saved

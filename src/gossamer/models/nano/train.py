@@ -20,10 +20,16 @@ import numpy as np
 
 if __package__:
     from gossamer.models.nano import card, corpus, tokenizer
+    from gossamer.models.nano.measure import baselines, evaluate, samples
+    from gossamer.models.nano.prepare import prepare
+    from gossamer.models.nano.windows import Windows, cut
 else:  # run as a plain file, where this folder is on the path and gossamer may not be
     import card  # pyright: ignore[reportMissingImports]
     import corpus  # pyright: ignore[reportMissingImports]
     import tokenizer  # pyright: ignore[reportMissingImports]
+    from measure import baselines, evaluate, samples  # pyright: ignore[reportMissingImports]
+    from prepare import prepare  # pyright: ignore[reportMissingImports]
+    from windows import Windows, cut  # pyright: ignore[reportMissingImports]
 
 SHAPE = {
     "vocab_size": 4096,
@@ -41,185 +47,6 @@ SHAPE = {
     "rms_norm_eps": 1e-5,
     "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
 }
-PROMPTS = (
-    "import numpy as np\n\n\ndef softmax(x",
-    "class Stack:\n    def __init__(self",
-    "from pathlib import Path\n\n\ndef read_lines(path",
-)
-
-
-# --- data --------------------------------------------------------------------------------------
-
-
-def prepare(options: argparse.Namespace) -> None:
-    """Collect, tokenise, and write the corpus file and the packaged texts."""
-    packages = corpus.collect(options.packages_dir, options.package_bytes)
-    train = [one for one in packages if one.name not in corpus.HELDOUT]
-    heldout = [one for one in packages if one.name in corpus.HELDOUT]
-    if not train or not heldout:
-        raise ValueError(
-            f"found {len(train)} training and {len(heldout)} held-out packages; both splits need "
-            f"some: install some of {corpus.HELDOUT} in a folder named by --packages-dir"
-        )
-    documents = sorted(file for one in train for file in one.files)
-    documents.sort(key=lambda file: corpus.order(file[0]))
-    sample, size = [], 0
-    for _, text in documents:
-        if size < options.tokenizer_bytes:
-            sample.append(text)
-            size += len(text)
-    bpe = tokenizer.build(sample, options.vocabulary)
-    arrays, tokens = corpus.tokenise(packages, bpe)
-    meta = {
-        "vocabulary": bpe.get_vocab_size(),
-        "tokens": {split: len(array) for split, array in arrays.items()},
-        "packages": [
-            {
-                "name": one.name,
-                "version": one.version,
-                "licence": one.licence,
-                "split": "held out" if one.name in corpus.HELDOUT else "train",
-                "files": len(one.files),
-                "bytes": sum(len(text.encode()) for _, text in one.files),
-                "tokens": tokens[one.name],
-            }
-            for one in packages
-        ],
-    }
-    members = tokenizer.files(bpe, SHAPE["max_position_embeddings"])
-    corpus.save(options.corpus, arrays, {**members, "meta.json": json.dumps(meta).encode()})
-    if options.texts:
-        shipped = [one for one in train if one.name in corpus.CALIBRATION]
-        used = {}
-        for name, source in {"calibration": shipped, "heldout": heldout}.items():
-            data, used[name] = corpus.excerpt(source, options.text_bytes)
-            corpus.write_atomic(options.texts / f"{name}.txt.gz", data)
-        corpus.write_atomic(options.texts / "LICENSES.txt", corpus.licences(used))
-    print(f"{len(train)} training packages, {meta['tokens']['train']:,} tokens")
-    print(f"{len(heldout)} held-out packages, {meta['tokens']['val']:,} tokens")
-    print(f"{options.corpus.name}: {options.corpus.stat().st_size / 1e6:.1f} MB")
-
-
-class Windows:
-    """Every token once per epoch, in windows of a fresh phase and order.
-
-    The batch of a step depends only on the seed and the step, so a resumed run sees the data an
-    uninterrupted one would have seen.
-
-    Parameters
-    ----------
-    tokens : int tensor of shape (N,).
-    context : tokens predicted per window.
-    batch : windows per step.
-    seed : fixes phase and order of every epoch.
-    """
-
-    def __init__(self, tokens, context: int, batch: int, seed: int):
-        import torch
-
-        self.tokens, self.context, self.batch, self.seed = tokens, context, batch, seed
-        self.per_epoch = (len(tokens) - 1 - context) // context // batch
-        if self.per_epoch < 1:
-            raise ValueError(
-                f"{len(tokens)} tokens do not fill one batch of {batch} windows of {context}: "
-                "use a larger corpus, or a smaller --batch or --context"
-            )
-        self._epoch, self._starts = -1, torch.zeros(0, dtype=torch.long)
-
-    def at(self, step: int):
-        """Inputs and targets of a step, each of shape (batch, context)."""
-        import torch
-
-        epoch, position = divmod(step, self.per_epoch)
-        if epoch != self._epoch:
-            generator = torch.Generator().manual_seed(self.seed * 100_003 + epoch)
-            phase = int(torch.randint(self.context, (), generator=generator))
-            count = (len(self.tokens) - 1 - phase) // self.context
-            starts = torch.randperm(count, generator=generator) * self.context + phase
-            self._epoch, self._starts = epoch, starts.to(self.tokens.device)
-        start = self._starts[position * self.batch : (position + 1) * self.batch]
-        return cut(self.tokens, start, self.context)
-
-
-def cut(tokens, starts, context: int):
-    """Windows of inputs and next-token targets at given starts."""
-    import torch
-
-    index = starts[:, None] + torch.arange(context + 1, device=starts.device)
-    window = tokens[index].long()
-    return window[:, :-1], window[:, 1:]
-
-
-# --- baselines ---------------------------------------------------------------------------------
-
-
-def baselines(train: np.ndarray, val: np.ndarray, vocabulary: int) -> dict[str, float]:
-    r"""Perplexity of counting: one token without context, and one token after another.
-
-    Unigram: add-one counts. Bigram: Witten-Bell, which trusts a context by how seldom it brings
-    something new,
-
-    .. math:: p(b|a) = \frac{c(ab) + t(a)\,p(b)}{c(a) + t(a)},
-
-    with t(a) the number of distinct followers of a. Both are scored on the same targets as the
-    model: every token of ``val`` but the first.
-    """
-    counts = np.bincount(train, minlength=vocabulary) + 1.0
-    unigram = counts / counts.sum()
-    pairs = np.bincount(
-        train[:-1].astype(np.int64) * vocabulary + train[1:], minlength=vocabulary * vocabulary
-    ).reshape(vocabulary, vocabulary)
-    followers = (pairs > 0).sum(axis=1)
-    # A context never seen in training carries no trust: the unigram answers alone.
-    trust = np.where(followers > 0, followers, 1)
-    before, after = val[:-1].astype(np.int64), val[1:].astype(np.int64)
-    joint = pairs[before, after] + trust[before] * unigram[after]
-    bigram = joint / (pairs.sum(axis=1) + trust)[before]
-    return {
-        "unigram": float(np.exp(-np.log(unigram[after]).mean())),
-        "bigram": float(np.exp(-np.log(bigram).mean())),
-    }
-
-
-# --- model -------------------------------------------------------------------------------------
-
-
-def evaluate(model, val, context: int, batch: int, lengths: list[int]) -> dict[str, float]:
-    """Perplexity per token and bits per byte over a token stream, each target predicted once.
-
-    Windows do not overlap, so a window's first targets are predicted from little context.
-    """
-    import torch
-    from torch.nn import functional
-
-    device = next(model.parameters()).device
-    val = torch.from_numpy(val.astype(np.int32)).to(device)
-    sizes = torch.tensor(lengths, device=device)
-    loss, count, size = 0.0, 0, 0
-    whole = (len(val) - 1) // context * context
-    blocks = [
-        torch.arange(start, min(start + batch * context, whole), context, device=device)
-        for start in range(0, whole, batch * context)
-    ]
-    with torch.inference_mode():
-        rest = [(torch.tensor([whole], device=device), len(val) - 1 - whole)]
-        for starts, length in [(block, context) for block in blocks] + rest:
-            if length:
-                inputs, targets = cut(val, starts, length)
-                logits = model(input_ids=inputs, use_cache=False).logits.float()
-                loss += float(
-                    functional.cross_entropy(
-                        logits.flatten(0, 1), targets.flatten(), reduction="sum"
-                    ).double()
-                )
-                count += targets.numel()
-                size += int(sizes[targets].sum())
-    return {
-        "perplexity": math.exp(loss / count),
-        "bits_per_byte": loss / math.log(2) / size,
-        "tokens": count,
-        "bytes": size,
-    }
 
 
 def rate(progress: float, warmup: float, stable: float) -> float:
@@ -456,30 +283,6 @@ def export(model, shape: dict, members: dict[str, bytes], out: Path) -> None:
         corpus.write_atomic(out / name, data)
 
 
-def samples(model, tokenizer_json: bytes, length: int = 120) -> list[dict]:
-    """Continue each prompt once greedily and once at temperature 0.8."""
-    import tokenizers
-    import torch
-
-    bpe = tokenizers.Tokenizer.from_str(tokenizer_json.decode())
-    out = []
-    for prompt in PROMPTS:
-        start = torch.tensor([bpe.encode(prompt).ids], device=model.device)
-        for temperature in (0.0, 0.8):
-            torch.manual_seed(0)
-            how = (
-                {"do_sample": True, "temperature": temperature}
-                if temperature
-                else {"do_sample": False}
-            )
-            made = model.generate(
-                start, attention_mask=torch.ones_like(start), max_new_tokens=length, **how
-            )
-            text = bpe.decode(made[0].tolist(), skip_special_tokens=True)
-            out.append({"temperature": temperature, "prompt": prompt, "text": text})
-    return out
-
-
 def write_card(options: argparse.Namespace) -> None:
     """Write README.md from training.json, after renewing its samples if asked."""
     record = json.loads((options.out / "training.json").read_text("utf-8"))
@@ -557,7 +360,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     options.arguments = arguments[1:]
     if options.step == "prepare":
-        prepare(options)
+        prepare(options, SHAPE["max_position_embeddings"])
     elif options.step == "train":
         if not (options.steps or options.tokens or options.time_limit):
             parser.error("train needs an end: --steps, --tokens or --time-limit")

@@ -1,0 +1,148 @@
+"""A pruned model: what a method saw, what it decided, and how that is undone and saved.
+
+Shapes: O = out features, I = in features of a layer.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gossamer.core import (
+    GossamerError,
+    Method,
+    Selection,
+    Site,
+    Stat,
+    pack_bits,
+    unpack_bits,
+)
+from gossamer.models import Applied, Report, SiteRow, State
+
+__all__ = ["LayerView", "Pruned", "PrunedModel"]
+
+
+@dataclass(frozen=True)
+class LayerView:
+    """What a method sees of a layer while it decides.
+
+    Parameters
+    ----------
+    site : which matrix of the model.
+    weight : (O, I), the current values.
+    stats : what the method's ``needs`` named, measured on the already pruned stream.
+    seed : differs from layer to layer, fixed by the method's seed and the layer's place.
+    """
+
+    site: Site
+    weight: Tensor
+    stats: Mapping[Stat, Any]
+    seed: int
+
+    def stat(self, stat: Stat) -> Any:
+        """A measured statistic."""
+        return self.stats[stat]
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """A method's decision for one layer.
+
+    Parameters
+    ----------
+    selection : which weights stay, shape (O, I).
+    weight : new values of the survivors, (O, I), or None when they keep theirs.
+    """
+
+    selection: Selection
+    weight: Tensor | None = None
+
+
+class PrunedModel(Applied):
+    """A model whose weights were pruned; the zeros are in its parameters.
+
+    Masked-dense: the arithmetic is still dense, so ``simulated`` is True.
+    """
+
+    def __init__(self, method: Method, model: nn.Module, *, undo: bool) -> None:
+        super().__init__(method, model)
+        self.undo = undo
+        self.sites: dict[str, Site] = {}
+        self.kept: dict[str, int] = {}
+        self.masks: dict[str, Tensor] = {}
+        self.warnings: list[str] = []
+        self._removed: dict[str, Tensor] = {}
+
+    def usable(self, site: Site, stats: Mapping[Stat, Any]) -> Mapping[Stat, Any]:
+        """An expert that saw no token has norms of zero, which rank nothing: take them as one."""
+        norm = stats.get(Stat.INPUT_L2)
+        if norm is None or bool(norm.any()):
+            return stats
+        self.warnings.append(f"{site.name} saw no calibration token; pruned by magnitude")
+        return {**stats, Stat.INPUT_L2: torch.ones_like(norm)}
+
+    def write(self, site: Site, weight: Tensor, pruned: Pruned) -> None:
+        """Put a decision into the model, keeping what undoing it needs."""
+        mask = pruned.selection.mask()
+        if self.undo:
+            changed = pruned.weight is not None
+            self._removed[site.name] = weight.clone() if changed else weight[~mask]
+        if pruned.weight is not None:
+            weight.copy_(pruned.weight)
+        weight.masked_fill_(~mask, 0)
+        self.sites[site.name] = site
+        self.kept[site.name] = pruned.selection.kept
+        self.masks[site.name] = pack_bits(mask)
+
+    def selection(self, name: str) -> Selection:
+        """What stays of one site."""
+        return Selection.from_mask(unpack_bits(self.masks[name], self.sites[name].shape))
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        if not self.undo:
+            raise GossamerError("pruned without undo: load the model again to have it dense")
+        for name, removed in self._removed.items():
+            weight = self.sites[name].weight(self.model)
+            if removed.dim() == 2:
+                weight.copy_(removed)
+            else:
+                mask = unpack_bits(self.masks[name], self.sites[name].shape)
+                weight[~mask] = removed
+        self._removed.clear()
+
+    @torch.no_grad()
+    def enforce(self) -> None:
+        """Set every removed weight to zero again, for example after an optimizer step."""
+        for name in self.masks:
+            self.selection(name).apply_(self.sites[name].weight(self.model))
+
+    def state(self) -> State:
+        return State(
+            {"sites": list(self.masks)}, {f"mask.{n}": mask for n, mask in self.masks.items()}
+        )
+
+    def report(self) -> Report:
+        rows = tuple(
+            SiteRow(name, site.role, site.block, site.size, 1.0 - self.kept[name] / site.size)
+            for name, site in self.sites.items()
+        )
+        total = sum(p.numel() for p in self.model.parameters())
+        return Report(
+            self.method.to_dict(),
+            rows,
+            "weights",
+            total,
+            self.simulated,
+            warnings=tuple(self.warnings),
+        )
+
+    def weight_bytes_saved(self) -> int:
+        saved = 0
+        for name, site in self.sites.items():
+            item = getattr(site.owner(self.model), site.parameter).element_size()
+            read = self.kept[name] * item + -(-site.size // 8)
+            saved += max(0, site.size * item - read)
+        return saved
