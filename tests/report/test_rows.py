@@ -117,10 +117,28 @@ def test_findings_compare_with_random():
 
 
 def test_findings_on_speed_and_size():
-    text = sentences(row("a", 0.5, simulated=False, tokens_per_second=150.0, bytes_stored=1100))
-    assert "Fastest is a at 50 %: 1.50× dense." in text
+    text = sentences(
+        row(
+            "a",
+            0.5,
+            simulated=False,
+            tokens_per_second=150.0,
+            dense_tokens_per_second=100.0,
+            bytes_stored=1100,
+        )
+    )
+    assert "Fastest is a at 50 %: 1.50× the dense model timed beside it." in text
     assert "No row is smaller on disk than dense" in text
-    slow = sentences(row("a", 0.5, simulated=False, tokens_per_second=90.0, bytes_stored=600))
+    slow = sentences(
+        row(
+            "a",
+            0.5,
+            simulated=False,
+            tokens_per_second=90.0,
+            dense_tokens_per_second=100.0,
+            bytes_stored=600,
+        )
+    )
     assert "No row decodes faster than dense" in slow
     assert "The smallest row stores 600 B, dense 1.00 kB." in slow
     assert "1 row runs the dense arithmetic" in sentences(row("a", 0.5))

@@ -98,7 +98,7 @@ def render(
     table = Table(rows)
     maps, even, left_out = layer_maps(table)
     timed = [r for r in table.rows if r.tokens_per_second is not None]
-    drawable = [r for r in timed if r.perplexity is not None]
+    drawable = [r for r in timed if r.perplexity is not None and r.speedup is not None]
     verdicts = Counter(str(claim.get("verdict", "")) for claim in claims)
     context = {
         "meta": {**dict.fromkeys(_META), **meta},

@@ -176,8 +176,8 @@ def _end_labels(ends: Sequence[tuple[str, str, float, float]], frame: Frame) -> 
 
 
 def speed_chart(table: Table, width: int, height: int) -> Markup:
-    """Perplexity against measured decoding speed; simulated rows have none and are left out."""
-    rows = [r for r in table.rows if r.tokens_per_second is not None and r.perplexity is not None]
+    """Perplexity against decoding speed over dense; simulated rows have none and are left out."""
+    rows = [r for r in table.rows if r.speedup is not None and r.perplexity is not None]
     colours = {
         row.index: series_class(line)
         for lines in table.series().values()
@@ -185,14 +185,14 @@ def speed_chart(table: Table, width: int, height: int) -> Markup:
         for row in line.rows
     }
     frame = Frame(width, height)
-    speeds = [row.tokens_per_second or 0.0 for row in rows]
+    speeds = [row.speedup or 0.0 for row in rows]
     low, high = min(speeds), max(speeds)
     room = max((high - low) * 0.15, high * 0.05)
     x = Scale(max(0.0, low - room), high + room, frame.left, frame.x1)
     y = _y_scale(table, rows, frame)
-    ticks = [(t, rate(t)) for t in linear_ticks(x.low, x.high, 6 if width > 500 else 4)]
-    parts = _axes(frame, x, y, ticks, "decoded tokens per second, measured")
-    marks = [(x(r.tokens_per_second or 0.0), _place(r, x, y)[1]) for r in rows]
+    ticks = [(t, f"{t:g}×") for t in linear_ticks(x.low, x.high, 6 if width > 500 else 4)]
+    parts = _axes(frame, x, y, ticks, "decoding speed over dense, timed side by side")
+    marks = [(x(r.speedup or 0.0), _place(r, x, y)[1]) for r in rows]
     taken = [(at - 6, up - 6, at + 6, up + 6) for at, up in marks]
     # Labels go to the best rows first; one that finds no free place is left to the tooltip.
     ranked = sorted(zip(rows, marks, strict=True), key=lambda pair: pair[0].perplexity or 0.0)
@@ -208,7 +208,7 @@ def speed_chart(table: Table, width: int, height: int) -> Markup:
             label = tag("title", text) + escape(shown)
             middle = (box[1] + box[3]) / 2 + 4
             parts.append(tag("text", label, class_=f"label {class_}", x=box[0], y=middle))
-    return svg(frame, "Perplexity against decoded tokens per second", parts)
+    return svg(frame, "Perplexity against decoding speed over dense", parts)
 
 
 Box = tuple[float, float, float, float]

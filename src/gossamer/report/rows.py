@@ -63,6 +63,7 @@ class Row:
     bytes_moved: float | None
     bytes_moved_limit: float | None
     tokens_per_second: float | None
+    dense_tokens_per_second: float | None
     prefill: float | None
     simulated: bool
     seconds: float | None
@@ -109,6 +110,7 @@ class Row:
             bytes_moved_limit=_number(values.get("bytes_moved_limit")),
             # Simulated sparsity runs the dense arithmetic: whatever was timed is not its speed.
             tokens_per_second=None if simulated else _number(values.get("tokens_per_second")),
+            dense_tokens_per_second=_number(values.get("dense_tokens_per_second")),
             prefill=None if simulated else _number(values.get("prefill_tokens_per_second")),
             simulated=simulated,
             seconds=_number(values.get("seconds")),
@@ -116,6 +118,15 @@ class Row:
             note=str(values.get("note") or ""),
             layers=tuple(values.get("layers") or ()),
         )
+
+    @property
+    def speedup(self) -> float | None:
+        """Decoding speed over that of the dense model timed beside this row; dense is 1."""
+        if self.dense:
+            return None if self.tokens_per_second is None else 1.0
+        if not self.tokens_per_second or not self.dense_tokens_per_second:
+            return None
+        return self.tokens_per_second / self.dense_tokens_per_second
 
     @property
     def dense(self) -> bool:
