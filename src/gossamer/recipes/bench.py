@@ -48,6 +48,10 @@ class Setup:
     allow_pickle: bool = False
 
 
+_REFERENCE_BYTES = 128 * 2**20
+"""Dense predictions kept on disk: thousands of positions, at a small share of a cell's time."""
+
+
 class Bench:
     """Runs cells one after the other on one model and gives it back unchanged each time.
 
@@ -79,7 +83,11 @@ class Bench:
         self.sites = find_sites(self.model)
         self.calibration, self.evaluation = self._texts()
         self.reference = Reference.record(
-            self.model, self.evaluation, batch_size=setup.batch_size, progress=progress
+            self.model,
+            self.evaluation,
+            max_bytes=_REFERENCE_BYTES,
+            batch_size=setup.batch_size,
+            progress=progress,
         )
 
     def _texts(self) -> tuple[Tokens, Tokens]:
@@ -153,6 +161,7 @@ class Bench:
             "perplexity": _finite(found.perplexity),
             "kl": _finite(found.kl),
             "agreement": found.agreement,
+            "kl_positions": len(self.reference.positions),
             "bytes_stored": sizes.bytes_stored,
             "bytes_moved": sizes.bytes_moved,
             "bytes_moved_limit": sizes.bytes_moved_limit,

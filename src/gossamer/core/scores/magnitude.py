@@ -33,12 +33,9 @@ def lamp(weight: Tensor) -> Tensor:
 
     Source: arXiv 2010.07611, eq. 2.
     """
-    flat = weight.detach().reshape(-1).double().square()
-    order = torch.argsort(flat, stable=True, descending=True)
-    ranked = flat[order]
+    # Sorted by |w|, in the weight's own precision: half the traffic of sorting squares.
     # Ties are summed in index order, first index first: the entry that selection keeps first.
-    running = ranked.cumsum(0)
-    scored = torch.where(ranked > 0, ranked / running, 0.0)
-    out = torch.empty_like(flat)
-    out[order] = scored
-    return out.view(weight.shape)
+    size, order = weight.detach().reshape(-1).abs().sort(stable=True, descending=True)
+    ranked = size.double().square()
+    scored = (ranked / ranked.cumsum(0)).masked_fill_(ranked == 0, 0.0)
+    return torch.empty_like(ranked).scatter_(0, order, scored).view(weight.shape)

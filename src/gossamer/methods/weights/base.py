@@ -144,7 +144,7 @@ class OneShot(Method):
         if self._data_needs and not isinstance(data, Inputs):
             tokens = as_tokens(data, model)
         try:
-            budgets = self._budgets(model, sites, tokens, batch_size, progress)
+            budgets = self._budgets(work, sites, tokens, batch_size, progress)
             if self.needs:
                 stream_blocks(
                     model,
@@ -191,7 +191,9 @@ class OneShot(Method):
         """Decide and change every site of one block."""
         for site in sites:
             measured = work.usable(site, stats.get(site.name, {}))
-            layer = self.view(work.model, site, measured)
+            layer = replace(
+                self.view(work.model, site, measured), known=work.scores.pop(site.name, None)
+            )
             try:
                 pruned = self.prune(layer, *budgets[site.name])
             except GossamerError as error:
@@ -210,7 +212,7 @@ class OneShot(Method):
 
     def _budgets(
         self,
-        model: nn.Module,
+        work: PrunedModel,
         sites: SiteMap,
         tokens: Any,
         batch_size: int,
@@ -218,6 +220,7 @@ class OneShot(Method):
     ) -> dict[str, tuple[Pattern, Budget]]:
         """The pattern and budget of every site, from the allocation."""
         assert self.sparsity is not None
+        model = work.model
         shapes = {site.name: site.shape for site in sites.sites}
         sizes = {site.name: site.size for site in sites.sites}
         match self.allocation:
@@ -231,9 +234,11 @@ class OneShot(Method):
                 weights = {site.name: site.weight(model) for site in sites.sites}
                 shares = split.lamp(weights, self.sparsity)
             case "global":
-                shares = split.global_(
-                    self._all_scores(model, sites, tokens, batch_size, progress), self.sparsity
-                )
+                scores = self._all_scores(model, sites, tokens, batch_size, progress)
+                shares = split.global_(scores, self.sparsity)
+                if not self.needs:
+                    # Nothing measured changes them on the way, so they are not computed twice.
+                    work.scores = scores
             case "owl":
                 shares = self._owl(model, sites, tokens, batch_size, progress)
         return {name: self._for_site(share, sizes[name]) for name, share in shares.items()}
@@ -323,4 +328,5 @@ class Scored(OneShot):
     """Base of the methods that are a score and nothing else: survivors keep their values."""
 
     def prune(self, layer: LayerView, pattern: Pattern, budget: Budget) -> Pruned:
-        return Pruned(pattern.select(self.score(layer), budget))
+        score = self.score(layer) if layer.known is None else layer.known
+        return Pruned(pattern.select(score, budget))

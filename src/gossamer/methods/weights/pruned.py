@@ -34,12 +34,14 @@ class LayerView:
     weight : (O, I), the current values.
     stats : what the method's ``needs`` named, measured on the already pruned stream.
     seed : differs from layer to layer, fixed by the method's seed and the layer's place.
+    known : scores (O, I) that the allocation already needed, or None.
     """
 
     site: Site
     weight: Tensor
     stats: Mapping[Stat, Any]
     seed: int
+    known: Tensor | None = None
 
     def stat(self, stat: Stat) -> Any:
         """A measured statistic."""
@@ -73,6 +75,7 @@ class PrunedModel(Applied):
         self.kept: dict[str, int] = {}
         self.masks: dict[str, Tensor] = {}
         self.warnings: list[str] = []
+        self.scores: dict[str, Tensor] = {}
         self._removed: dict[str, Tensor] = {}
 
     def usable(self, site: Site, stats: Mapping[Stat, Any]) -> Mapping[Stat, Any]:
