@@ -7,7 +7,7 @@ from cyclopts import Parameter
 from gossamer.cli.show import bar, console, print_json
 from gossamer.evaluate import footprint, score, speed
 from gossamer.evaluate.environment import environment
-from gossamer.models import Tokens, read_documents
+from gossamer.models import Tokens, context_length, read_documents
 from gossamer.recipes.recipe import load
 
 __all__ = ["evaluate"]
@@ -55,7 +55,7 @@ def evaluate(
         Print JSON.
     """
     loaded = load(model, dtype=dtype, device=device, allow_pickle=allow_pickle)
-    length = min(length, getattr(loaded.model.config, "max_position_embeddings", length))
+    length = min(length, context_length(loaded.model) or length)
     tokens = Tokens.from_documents(read_documents(data, "heldout"), loaded.tokenizer, length=length)
     if windows is not None:
         tokens = tokens.slice(windows)

@@ -7,25 +7,11 @@ from cyclopts import Parameter
 
 from gossamer import methods
 from gossamer.cli.show import bar, console, print_json
-from gossamer.models import Tokens, read_documents
+from gossamer.models import as_tokens
 from gossamer.models.store import require_new
 from gossamer.recipes.recipe import load
 
-__all__ = ["calibration_tokens", "sparsify"]
-
-
-def calibration_tokens(
-    model: Any, tokenizer: Any, data: str | None, samples: int, length: int, seed: int
-) -> Tokens:
-    """Calibration windows from a file, or from the packaged text."""
-    context = getattr(model.config, "max_position_embeddings", length)
-    return Tokens.from_documents(
-        read_documents(data, "calibration"),
-        tokenizer,
-        length=min(length, context),
-        samples=samples,
-        seed=seed,
-    )
+__all__ = ["sparsify"]
 
 
 def sparsify(
@@ -83,7 +69,14 @@ def sparsify(
         require_new(out)
     loaded = load(model, dtype=dtype, device=device, allow_pickle=allow_pickle)
     with bar(f"{made.key()} on {model}", quiet=json) as progress:
-        tokens = calibration_tokens(loaded.model, loaded.tokenizer, data, samples, length, seed)
+        tokens = as_tokens(
+            data,
+            loaded.model,
+            samples=samples,
+            length=length,
+            seed=seed,
+            tokenizer=loaded.tokenizer,
+        )
         options = {"undo": False} if made.card.family == "weights" else {}
         applied = made.apply(loaded.model, tokens, progress=progress, **options)
     report = applied.report()

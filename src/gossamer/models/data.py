@@ -222,7 +222,13 @@ def context_length(model: nn.Module) -> int | None:
 
 
 def as_tokens(
-    data: Any, model: Any, *, samples: int = 64, length: int = 1024, seed: int = 0
+    data: Any,
+    model: Any,
+    *,
+    samples: int = 64,
+    length: int = 1024,
+    seed: int = 0,
+    tokenizer: Any = None,
 ) -> Tokens:
     """Whatever a user may mean by calibration data, as windows of tokens.
 
@@ -230,8 +236,9 @@ def as_tokens(
     ----------
     data : Tokens; (N, T) token ids; a mapping with ``input_ids`` and maybe ``attention_mask``;
         a list of texts; the path of a text, JSONL or parquet file; or None for the packaged
-        calibration text. Texts are tokenised with the tokenizer found beside the model.
+        calibration text.
     samples, length, seed : windows cut from texts; ``length`` is clipped to the model's context.
+    tokenizer : for texts; None takes the one found beside the model.
 
     Raises
     ------
@@ -249,12 +256,14 @@ def as_tokens(
         mask = data["attention_mask"] if "attention_mask" in data else torch.ones_like(ids)
         tokens = Tokens(ids, torch.as_tensor(mask))
     else:
-        tokens = _from_texts(data, model, samples=samples, length=length, seed=seed)
+        tokens = _from_texts(data, model, tokenizer, samples=samples, length=length, seed=seed)
     _check_vocabulary(tokens, model)
     return tokens
 
 
-def _from_texts(data: Any, model: Any, *, samples: int, length: int, seed: int) -> Tokens:
+def _from_texts(
+    data: Any, model: Any, tokenizer: Any, *, samples: int, length: int, seed: int
+) -> Tokens:
     from gossamer.models.loading import find_tokenizer
 
     if data is None or isinstance(data, str | Path):
@@ -269,7 +278,7 @@ def _from_texts(data: Any, model: Any, *, samples: int, length: int, seed: int) 
     limit = context_length(model)
     return Tokens.from_documents(
         documents,
-        find_tokenizer(model),
+        find_tokenizer(model) if tokenizer is None else tokenizer,
         length=length if limit is None else min(length, limit),
         samples=samples,
         seed=seed,

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from gossamer.evaluate import Reference, Speed, footprint, score, speed
-from gossamer.models import Applied, Progress, Tokens, find_sites, read_documents
+from gossamer.models import Applied, Progress, Tokens, context_length, find_sites, read_documents
 from gossamer.recipes.cells import Cell
 from gossamer.recipes.recipe import load
 
@@ -92,8 +92,7 @@ class Bench:
 
     def _texts(self) -> tuple[Tokens, Tokens]:
         setup = self.setup
-        context = getattr(self.model.config, "max_position_embeddings", setup.length)
-        length = min(setup.length, context)
+        length = min(setup.length, context_length(self.model) or setup.length)
         evaluated = read_documents(setup.data, "heldout")
         if setup.calibration is not None or setup.data is None:
             calibrated = read_documents(setup.calibration, "calibration")

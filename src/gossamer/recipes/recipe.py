@@ -15,8 +15,8 @@ from gossamer.models import (
     Loaded,
     Progress,
     Tokens,
+    as_tokens,
     load_model,
-    read_documents,
 )
 from gossamer.models.store import read_stages, require_new
 from gossamer.models.store import save as save_folder
@@ -190,12 +190,13 @@ class Recipe:
         return AppliedRecipe(model, tokenizer, done)
 
     def _tokens(self, model: nn.Module, tokenizer: Any) -> Tokens:
-        path = None if self.data is None else self._path(self.data)
-        documents = read_documents(path, "calibration")
-        context = getattr(model.config, "max_position_embeddings", self.length)
-        length = min(self.length, context)
-        return Tokens.from_documents(
-            documents, tokenizer, length=length, samples=self.samples, seed=self.seed
+        return as_tokens(
+            None if self.data is None else self._path(self.data),
+            model,
+            samples=self.samples,
+            length=self.length,
+            seed=self.seed,
+            tokenizer=tokenizer,
         )
 
 
