@@ -61,10 +61,10 @@ def method(text: str, **values: Any) -> Any:
     GossamerError
         For an unknown method or field (offering the nearest), or a value out of range.
     """
-    from gossamer.methods import make, split_text
+    from gossamer.methods import make, split_text, text_fields
 
     key, *parts = split_text(text)
-    return make(key, **{**dict(part.split("=", 1) for part in parts), **values})
+    return make(key, **{**text_fields(parts), **values})
 
 
 def __getattr__(name: str) -> Any:

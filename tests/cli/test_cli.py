@@ -236,7 +236,7 @@ def test_unwritable_and_full_folders(capsys, tmp_path):
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_closed_pipe_is_quiet():
-    code = f"{sys.executable} -m gossamer.cli.main methods --json | head -c 10"
+    code = f"{sys.executable} -m gossamer.cli.entry methods --json | head -c 10"
     done = subprocess.run(["bash", "-c", code], capture_output=True, text=True, timeout=120)
     assert done.stderr == ""
 
@@ -244,7 +244,7 @@ def test_a_closed_pipe_is_quiet():
 def test_ctrl_c_leaves_nothing_half_written(tmp_path):
     words = ["sparsify", "nano", "wanda", "--out", str(tmp_path / "out")]
     child = subprocess.Popen(
-        [sys.executable, "-m", "gossamer.cli.main", *words],
+        [sys.executable, "-m", "gossamer.cli.entry", *words],
         stderr=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

@@ -16,7 +16,7 @@ from gossamer import methods
 from gossamer.claims.base import Verdict
 from gossamer.claims.runner import claims_of
 from gossamer.core import FAMILIES, GossamerError, Method, systems
-from gossamer.models import Inputs, Tokens
+from gossamer.models import Inputs, Tokens, at_work
 from gossamer.models.store import read_stages
 from tests.models.tiny import ARCHITECTURES, DECODERS, tiny_model
 
@@ -200,6 +200,7 @@ class TestEveryMethod:
         applied.restore()
         assert_untouched(model, before)
         assert torch.equal(outputs(model), dense)
+        assert not at_work(model)
 
     def test_a_failure_while_applying_leaves_no_trace(self, key):
         model = tiny_model("llama")

@@ -61,3 +61,19 @@ def test_json_is_written_atomically(tmp_path):
         write_json(path, {"x": float("nan")})
     assert json.loads(path.read_text()) == {"x": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_link_to_an_empty_folder_is_followed(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    with atomic_folder(tmp_path / "link") as part:
+        (part / "a").write_text("x")
+    assert (tmp_path / "real" / "a").read_text() == "x"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["link", "real"]
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a\0b"])
+def test_impossible_names_are_one_clear_error(tmp_path, name):
+    with pytest.raises(GossamerError, match="cannot"), atomic_folder(tmp_path / name):
+        raise AssertionError("never entered")
+    assert list(tmp_path.iterdir()) == []

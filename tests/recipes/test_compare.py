@@ -11,7 +11,7 @@ import pytest
 
 import gossamer
 from gossamer.core import GossamerError
-from gossamer.recipes.bench import Bench, Setup
+from gossamer.recipes.bench import Bench, Setup, halves
 from gossamer.recipes.cells import grid
 from gossamer.recipes.compare import Comparison, compare
 
@@ -135,14 +135,66 @@ def test_users_text_is_split_between_calibration_and_evaluation(tmp_path):
     assert not any(f"def f{i}(" in text for text in seen for i in range(10, 20))
 
 
+def test_changed_text_is_another_run(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("def f(x):\n    return x + 1\n" * 200)
+    options = {**SMALL, "data": str(text)}
+    compare("nano", ["magnitude"], out=tmp_path / "run", **options)
+    text.write_text("class A:\n    pass\n" * 200)
+    with pytest.raises(GossamerError, match="different run .*data content"):
+        compare("nano", ["magnitude"], out=tmp_path / "run", **options)
+
+
+def test_the_record_says_how_much_was_really_scored(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("def f(x):\n    return x + 1\n" * 100)
+    options = {**SMALL, "data": str(text), "windows": 1000}
+    rows = compare("nano", ["magnitude"], out=tmp_path / "run", **options)
+    meta = json.loads((tmp_path / "run" / "rows.json").read_text())["meta"]
+    assert meta["tokens"] == rows[0]["tokens"] < 1000 * 63
+    assert meta["tokens"] % 63 == 0
+    assert meta["context"] == 64
+
+
+def test_a_user_error_in_a_worker_is_that_error(tmp_path):
+    short = tmp_path / "short.txt"
+    short.write_text("hi")
+    for more in ({"jobs": 2}, {"engine": "ray"}):
+        with pytest.raises(GossamerError, match="tokens, one window needs"):
+            compare("nano", ["magnitude"], **{**SMALL, "data": str(short), "threads": 1, **more})
+
+
+@pytest.mark.parametrize("text", ["[]", "null", '{"signature": []}', "{"])
+def test_a_damaged_run_is_named(tmp_path, text):
+    out = tmp_path / "run"
+    compare("nano", ["magnitude"], out=out, **SMALL)
+    (out / "run.json").write_text(text)
+    with pytest.raises(GossamerError, match="damaged"):
+        compare("nano", ["magnitude"], out=out, **SMALL)
+
+
+def test_halves_have_equal_text():
+    assert halves(["abcd"]) == (["ab"], ["cd"])
+    assert halves(["ab", "cdef"]) == (["ab", "c"], ["def"])
+    first, second = halves(["a", "b" * 99])
+    assert len("".join(first)) == len("".join(second)) == 50
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"windows": -1}, "windows is -1"),
+        ({"samples": 0}, "samples is 0"),
+        ({"seed": 2**80}, "seed is too large"),
+        ({"batchsize": 4}, "did you mean batch_size"),
+        ({"sparsity": "half"}, "sparsity is 'half'"),
+        ({"methods": [gossamer.Wanda(sparsity=0.5)]}, "not by objects"),
         ({"jobs": 0}, "jobs is 0"),
         ({"engine": "slurm"}, "engine is 'slurm'"),
         ({"data": "/nowhere.txt"}, "nowhere"),
     ],
 )
 def test_bad_options_are_named(options, message):
+    methods = options.pop("methods", "magnitude")
     with pytest.raises(GossamerError, match=message):
-        compare("nano", ["magnitude"], **{**SMALL, **options})
+        compare("nano", methods, **{**SMALL, **options})

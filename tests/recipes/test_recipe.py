@@ -1,11 +1,14 @@
 """Recipes: several methods in order, from a file or from Python; saved and loaded again."""
 
+import json
+
 import pytest
 import torch
 
 import gossamer
 from gossamer.core import GossamerError
 from gossamer.models import Tokens, find_sites
+from gossamer.models.store import read_stages
 from gossamer.recipes.recipe import MAX_STAGES, Recipe
 from tests.models.tiny import tiny_model
 
@@ -53,8 +56,6 @@ def test_save_and_load_restore_every_stage(tmp_path):
     site = find_sites(plain).sites[0]
     assert float((site.weight(plain) == 0).float().mean()) == pytest.approx(0.5)
     assert not torch.allclose(logits(plain), expected, atol=1e-5)
-    from gossamer.models.store import read_stages
-
     attached = []
     for stage in read_stages(tmp_path / "sparse"):
         fields = {k: v for k, v in stage.method.items() if k != "method"}
@@ -85,6 +86,11 @@ def test_text_round_trips(tmp_path):
         ("stages:\n- method: wanda\n  sparsty: 0.5", "stage 1: .*did you mean sparsity"),
         ("stages:\n- method: wanda\n  sparsity: [1]", "stage 1: wanda: sparsity is"),
         ("stages:\n- method: wanda\n  sparsity: .nan", "sparsity is nan"),
+        ("stages:\n- method: wanda\n  1: 2", "stage 1 has the key 1"),
+        ("stages: !!int abc", "cannot be read"),
+        ("stages: [wanda]\nsamples: " + "9" * 5000, "cannot be read|too large"),
+        ("stages: [wanda]\nseed: 1180591620717411303424", "seed is too large"),
+        ("stages: [wanda]\nout: ''", "out is ''"),
         ("stages: [wanda]\nsamples: many", "samples is 'many'"),
         ("stages: [wanda]\nsamples: 0", "samples is 0"),
         ("stages: [wanda]\nmodel: 5", "model is 5"),
@@ -114,3 +120,41 @@ def test_run_refuses_a_full_folder_before_loading(tmp_path):
     recipe = Recipe.from_dict({"model": "nano", "stages": ["wanda"], "out": "out"}, tmp_path)
     with pytest.raises(GossamerError, match="not empty"):
         recipe.run()
+
+
+def test_the_recipes_seed_reaches_the_stages():
+    recipe = Recipe.from_dict({"seed": 5, "stages": ["random", {"method": "random", "seed": 1}]})
+    assert [stage.seed for stage in recipe.stages] == [5, 1]
+
+
+def test_a_saved_model_keeps_its_methods_when_it_is_processed_again(tmp_path, monkeypatch):
+    first = Recipe.from_dict(
+        {"model": "nano", "samples": 2, "length": 32, "out": "a", "stages": ["teal"]}, tmp_path
+    ).run()
+    first.restore()
+    text = {"model": "a", "samples": 2, "length": 32, "out": "b", "stages": ["magnitude"]}
+    second = Recipe.from_dict(text, tmp_path).run()
+    with torch.no_grad():
+        expected = second.model(input_ids=TOKENS.input_ids).logits
+    assert [s.method["method"] for s in read_stages(tmp_path / "b")] == ["teal", "magnitude"]
+    monkeypatch.setenv("HOME", str(tmp_path))
+    again, _ = gossamer.load("~/b")
+    with torch.no_grad():
+        assert torch.equal(again(input_ids=TOKENS.input_ids).logits, expected)
+
+
+@pytest.mark.parametrize(
+    "stage",
+    [
+        {"method": {}, "meta": {}},
+        {"method": "wanda", "meta": {}},
+        {"method": {"method": "teal"}, "meta": {}},
+    ],
+)
+def test_a_damaged_manifest_is_one_clear_error(tmp_path, stage):
+    model, tokenizer = gossamer.load("nano")
+    with gossamer.Magnitude(sparsity=0.5).apply(model) as applied:
+        applied.save(tmp_path / "a", tokenizer)
+    (tmp_path / "a" / "gossamer.json").write_text(json.dumps({"format": 1, "stages": [stage]}))
+    with pytest.raises(GossamerError, match="damaged"):
+        gossamer.load(tmp_path / "a")

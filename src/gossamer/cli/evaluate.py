@@ -5,9 +5,10 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from gossamer.cli.show import bar, console, print_json
+from gossamer.core import check_count
 from gossamer.evaluate import footprint, score, speed
 from gossamer.evaluate.environment import environment
-from gossamer.models import Tokens, context_length, read_documents
+from gossamer.models import Tokens, check_vocabulary, context_length, read_documents
 from gossamer.recipes.recipe import load
 
 __all__ = ["evaluate"]
@@ -57,8 +58,9 @@ def evaluate(
     loaded = load(model, dtype=dtype, device=device, allow_pickle=allow_pickle)
     length = min(length, context_length(loaded.model) or length)
     tokens = Tokens.from_documents(read_documents(data, "heldout"), loaded.tokenizer, length=length)
+    check_vocabulary(tokens, loaded.model)
     if windows is not None:
-        tokens = tokens.slice(windows)
+        tokens = tokens.slice(check_count("windows", windows, 1))
     with bar(f"evaluating {model}", quiet=json) as progress:
         quality = score(
             loaded.model, tokens, stride=stride, batch_size=batch_size, progress=progress
@@ -66,7 +68,7 @@ def evaluate(
         size = footprint(loaded.model, context=length)
         rate = None
         if timed:
-            rate = speed(loaded.model, prompt_tokens=min(512, length - 32), new_tokens=32)
+            rate = speed(loaded.model, prompt_tokens=max(1, min(512, length - 32)), new_tokens=32)
     if json:
         print_json(
             {

@@ -97,7 +97,3 @@ def main(words: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     return result if isinstance(result, int) and not isinstance(result, bool) else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -8,8 +8,10 @@ from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 from gossamer.models import Progress as Callback
 
@@ -54,12 +56,22 @@ def bar(title: str, quiet: bool = False) -> Iterator[Callback]:
 def table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]], right: int = 0) -> Table:
     """A table; columns from ``right`` on are numbers, aligned right."""
     out = Table(
-        title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
+        title=Text(title),
+        title_justify="left",
+        title_style="bold",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
     )
     for index, name in enumerate(head):
         number = index >= right > 0
         whole = number or name not in ("paper", "needs", "when")
-        out.add_column(name, justify="right" if number else "left", no_wrap=whole, overflow="fold")
+        out.add_column(
+            name,
+            justify="right" if number else "left",
+            no_wrap=whole,
+            overflow="fold",
+            min_width=len(name),
+        )
     for row in rows:
-        out.add_row(*row)
+        out.add_row(*map(escape, row))
     return out

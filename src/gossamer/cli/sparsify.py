@@ -1,6 +1,5 @@
 """``gossamer sparsify``: apply one method to a model and take the result away."""
 
-from dataclasses import fields as fields_of
 from typing import Annotated, Any
 
 from cyclopts import Parameter
@@ -92,8 +91,8 @@ def sparsify(
 def _make(text: str, options: dict[str, Any], seed: int) -> Any:
     """The method with the options as its fields; what it does not have is an error."""
     key, *parts = methods.split_text(text)
-    values: dict[str, Any] = dict(part.split("=", 1) for part in parts)
+    values: dict[str, Any] = dict(methods.text_fields(parts))
     values |= {k.replace("-", "_"): v for k, v in options.items() if v is not None}
-    if "seed" in {field.name for field in fields_of(methods.get(key))}:
+    if methods.has_field(key, "seed"):
         values.setdefault("seed", seed)
     return methods.make(key, **values)

@@ -1,6 +1,6 @@
 """The vocabulary of sparsity: torch only, no models, no methods."""
 
-from gossamer.core.budget import Budget, check_sparsity, kept_count
+from gossamer.core.budget import Budget, check_count, check_sparsity, kept_count
 from gossamer.core.card import FAMILIES, Card, System, systems
 from gossamer.core.errors import GossamerError, UnsupportedModel, nearest, unknown
 from gossamer.core.method import Method
@@ -40,6 +40,7 @@ __all__ = [
     "Unstructured",
     "UnsupportedModel",
     "Window",
+    "check_count",
     "check_sparsity",
     "kept_count",
     "nearest",

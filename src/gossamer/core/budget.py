@@ -8,7 +8,7 @@ from math import isfinite
 
 from gossamer.core.errors import GossamerError
 
-__all__ = ["Budget", "check_sparsity", "kept_count"]
+__all__ = ["Budget", "check_count", "check_sparsity", "kept_count"]
 
 
 def check_sparsity(sparsity: float, where: str = "sparsity") -> float:
@@ -29,6 +29,20 @@ def check_sparsity(sparsity: float, where: str = "sparsity") -> float:
         raise GossamerError(
             f"{where} is {sparsity!r}; it is the fraction removed, so 0 <= {where} < 1"
         )
+    return value
+
+
+def check_count(name: str, value: object, least: int) -> int:
+    """Return a whole number, or say why it is none.
+
+    Raises
+    ------
+    GossamerError
+        If it is no whole number, below ``least``, or too large for 63 bits.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 2**63:
+        text = repr(value) if not isinstance(value, int) or abs(value) < 2**64 else "too large"
+        raise GossamerError(f"{name} is {text}; give a whole number, at least {least}")
     return value
 
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Self, cast
 
-from gossamer.core.budget import check_sparsity
+from gossamer.core.budget import check_count, check_sparsity
 from gossamer.core.card import Card
 from gossamer.core.errors import GossamerError, unknown
 from gossamer.core.pattern import Pattern, parse_pattern
@@ -36,8 +36,8 @@ class Method(ABC):
                 object.__setattr__(self, field.name, _as_pattern(value))
             elif field.name == "sparsity" and value is not None:
                 object.__setattr__(self, field.name, check_sparsity(value))
-            elif field.name == "seed" and (not isinstance(value, int) or value < 0):
-                raise GossamerError(f"seed is {value!r}; give a whole number, at least 0")
+            elif field.name == "seed":
+                check_count("seed", value, 0)
 
     @classmethod
     def key(cls) -> str:

@@ -16,7 +16,16 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 import gossamer.kernels  # noqa: F401 - registers the kernels that core selects with
 from gossamer.core import FAMILIES, GossamerError, Method, Pattern, parse_pattern, unknown
 
-__all__ = ["by_class_name", "get", "keys", "make", "parse_method", "split_text"]
+__all__ = [
+    "by_class_name",
+    "get",
+    "has_field",
+    "keys",
+    "make",
+    "parse_method",
+    "split_text",
+    "text_fields",
+]
 
 _HERE = Path(__file__).parent
 
@@ -116,9 +125,25 @@ def make(key: str, **values: Any) -> Method:
     return cls(**{name: _convert(cls, name, value) for name, value in values.items()})
 
 
+def has_field(key: str, name: str) -> bool:
+    """Whether a method with this key exists and has a parameter of this name."""
+    return key in _files() and any(f.name == name and f.init for f in fields(get(key)))
+
+
 def split_text(text: str) -> list[str]:
     """The parts of a method's text form: its key, then ``field=value`` strings."""
     return re.split(r":(?=[a-z_]+=)", text.strip())
+
+
+def text_fields(parts: list[str]) -> dict[str, str]:
+    """Fields of ``field=value`` strings; naming one twice is an error."""
+    given: dict[str, str] = {}
+    for part in parts:
+        name, _, value = part.partition("=")
+        if name in given:
+            raise GossamerError(f"{name} is given twice; keep one")
+        given[name] = value
+    return given
 
 
 def parse_method(text: str, **values: Any) -> Method:
@@ -129,7 +154,7 @@ def parse_method(text: str, **values: Any) -> Method:
     """
     key, *parts = split_text(text)
     cls = get(key)
-    given = dict(part.split("=", 1) for part in parts)
+    given = text_fields(parts)
     names = {f.name for f in fields(cls) if f.init}
     rest = {k: v for k, v in values.items() if k in names and k not in given and v is not None}
     return make(key, **given, **rest)

@@ -3,9 +3,9 @@
 The only part of the package that knows transformers' names for things.
 """
 
-from gossamer.models.applied import Applied, Report, SiteRow, State
+from gossamer.models.applied import Applied, Report, SiteRow, State, at_work
 from gossamer.models.calibrate import Block, BlockBatch, Progress, Streamed, stream
-from gossamer.models.data import Inputs, Tokens, as_tokens, context_length
+from gossamer.models.data import Inputs, Tokens, as_tokens, check_vocabulary, context_length
 from gossamer.models.documents import read_documents
 from gossamer.models.gradient import gradients
 from gossamer.models.loading import Loaded, find_tokenizer, load_model, resolve
@@ -25,6 +25,8 @@ __all__ = [
     "Streamed",
     "Tokens",
     "as_tokens",
+    "at_work",
+    "check_vocabulary",
     "context_length",
     "find_sites",
     "find_tokenizer",

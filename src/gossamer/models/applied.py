@@ -9,9 +9,9 @@ from typing import Any, Self
 
 from torch import Tensor, nn
 
-from gossamer.core import Method
+from gossamer.core import GossamerError, Method
 
-__all__ = ["Applied", "Report", "SiteRow", "State"]
+__all__ = ["Applied", "Report", "SiteRow", "State", "at_work"]
 
 
 @dataclass(frozen=True)
@@ -100,6 +100,14 @@ class Report:
         return "\n".join([head, *lines, *facts])
 
 
+_AT_WORK = "_gossamer_at_work"
+
+
+def at_work(model: nn.Module) -> tuple["Applied", ...]:
+    """The methods now at work on a model, in the order they were applied."""
+    return tuple(vars(model).get(_AT_WORK, ()))
+
+
 class Applied(ABC):
     """A method at work on a model; a context manager that restores the model on exit.
 
@@ -116,7 +124,11 @@ class Applied(ABC):
         self.method = method
         self.model = model
 
-    @abstractmethod
+    def _join(self) -> None:
+        """Count as at work on the model from now on: the last step of every constructor."""
+        # On the model itself, so that the list lives and dies with it.
+        vars(self.model).setdefault(_AT_WORK, []).append(self)
+
     def restore(self) -> None:
         """Put the model back exactly as it was. A second call does nothing.
 
@@ -125,6 +137,20 @@ class Applied(ABC):
         GossamerError
             If the method was applied without keeping what undoing needs.
         """
+        if self in at_work(self.model):
+            self._undo()
+            self._leave()
+
+    def _leave(self) -> None:
+        """Take this method off the list of those at work on the model."""
+        works = vars(self.model)[_AT_WORK]
+        works.remove(self)
+        if not works:
+            del vars(self.model)[_AT_WORK]
+
+    @abstractmethod
+    def _undo(self) -> None:
+        """Undo everything; called once."""
 
     @abstractmethod
     def state(self) -> State:
@@ -149,10 +175,18 @@ class Applied(ABC):
         return 0
 
     def save(self, folder: str | Path, tokenizer: Any = None) -> Path:
-        """Write the model with this method: see :func:`gossamer.models.store.save`."""
+        """Write the model with all methods at work on it: see :func:`gossamer.models.store.save`.
+
+        Raises
+        ------
+        GossamerError
+            If this method was restored, or the folder holds something.
+        """
         from gossamer.models.store import save
 
-        return save(self.model, [self], folder, tokenizer)
+        if self not in at_work(self.model):
+            raise GossamerError(f"{self.method.key()} was restored; apply it again before saving")
+        return save(self.model, folder, tokenizer)
 
     def __enter__(self) -> Self:
         return self

@@ -11,10 +11,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from gossamer.core import GossamerError
+from gossamer.core import GossamerError, check_count
 from gossamer.models.documents import read_documents
 
-__all__ = ["Inputs", "Tokens", "as_tokens", "context_length"]
+__all__ = ["Inputs", "Tokens", "as_tokens", "check_vocabulary", "context_length"]
 
 # Text tokenised for a sample of windows; 64 windows of 1024 tokens need about 0.3 MB of it.
 _SAMPLED_CHARACTERS = 1 << 24
@@ -86,9 +86,10 @@ class Tokens:
         GossamerError
             If the documents do not fill one window.
         """
-        _check_count("length", length, 2)
+        check_count("length", length, 2)
         if samples is not None:
-            _check_count("samples", samples, 1)
+            check_count("samples", samples, 1)
+            check_count("seed", seed, 0)
             documents = _enough(documents, seed)
         prefix, separator = _specials(tokenizer)
         body = length - len(prefix)
@@ -145,7 +146,7 @@ class Tokens:
         keep their causal fast path. A batch padded on the left also carries ``position_ids``
         that count real tokens only, as ``generate`` would.
         """
-        _check_count("batch size", size, 1)
+        check_count("batch size", size, 1)
         for start in range(0, len(self), size):
             ids = self.input_ids[start : start + size].to(device)
             mask = self.attention_mask[start : start + size].to(device)
@@ -195,7 +196,7 @@ class Inputs:
         self, size: int, device: torch.device | str | None = None
     ) -> Iterator[dict[str, Tensor]]:
         """The samples in order, as keyword arguments of a model."""
-        _check_count("batch size", size, 1)
+        check_count("batch size", size, 1)
         for start in range(0, len(self), size):
             yield {k: v[start : start + size].to(device) for k, v in self.values.items()}
 
@@ -257,7 +258,7 @@ def as_tokens(
         tokens = Tokens(ids, torch.as_tensor(mask))
     else:
         tokens = _from_texts(data, model, tokenizer, samples=samples, length=length, seed=seed)
-    _check_vocabulary(tokens, model)
+    check_vocabulary(tokens, model)
     return tokens
 
 
@@ -285,7 +286,8 @@ def _from_texts(
     )
 
 
-def _check_vocabulary(tokens: Tokens, model: Any) -> None:
+def check_vocabulary(tokens: Tokens, model: Any) -> None:
+    """Refuse ids that the model's embedding has no row for."""
     embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
     size = getattr(embedding, "num_embeddings", None)
     low, high = int(tokens.input_ids.min()), int(tokens.input_ids.max())
@@ -294,11 +296,6 @@ def _check_vocabulary(tokens: Tokens, model: Any) -> None:
             f"token ids go from {low} to {high}, the model's vocabulary from 0 to "
             f"{'...' if size is None else size - 1}; tokenise with the model's own tokenizer"
         )
-
-
-def _check_count(name: str, value: int, least: int) -> None:
-    if not isinstance(value, int) or value < least:
-        raise GossamerError(f"{name} is {value!r}; give a whole number, at least {least}")
 
 
 def _enough(documents: Sequence[str], seed: int) -> list[str]:

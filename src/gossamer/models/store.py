@@ -10,17 +10,17 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from gossamer.core import GossamerError
-from gossamer.models.applied import Applied
+from gossamer.models.applied import at_work
 from gossamer.models.quiet import quiet
 
 __all__ = ["MANIFEST", "Stage", "atomic_folder", "read_stages", "require_new", "save", "write_json"]
@@ -62,6 +62,10 @@ def require_new(folder: str | Path) -> Path:
         If it is a file, or a folder that is not empty.
     """
     path = Path(folder)
+    try:
+        path.exists()
+    except (OSError, ValueError) as error:
+        raise GossamerError(f"{str(folder)[:60]!r} cannot be a folder ({error})") from None
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise GossamerError(f"{path} exists and is not empty; name a new folder")
     return path
@@ -80,39 +84,47 @@ class atomic_folder:  # noqa: N801 - reads as a statement: ``with atomic_folder(
         self.target = Path(target)
 
     def __enter__(self) -> Path:
-        require_new(self.target)
-        parent = self.target.absolute().parent
         try:
+            # A link is followed: what it points to is the folder that is made.
+            self.target = self.target.resolve()
+            require_new(self.target)
+            parent = self.target.parent
             parent.mkdir(parents=True, exist_ok=True)
             self.part = Path(tempfile.mkdtemp(prefix=f".{self.target.name}.", dir=parent))
-        except OSError as error:
+        except (OSError, ValueError) as error:
+            if isinstance(error, GossamerError):
+                raise
             raise GossamerError(
-                f"cannot write to {parent}: {error.strerror}; name a folder you may write to"
+                f"cannot write {self.target}: {getattr(error, 'strerror', None) or error}; "
+                "name a folder you may write to"
             ) from None
         return self.part
 
     def __exit__(self, kind: type[BaseException] | None, error: Any, _: object) -> None:
         if kind is not None:
             shutil.rmtree(self.part, ignore_errors=True)
-            if issubclass(kind, OSError):
+            if issubclass(kind, OSError | SafetensorError):
                 raise GossamerError(
                     f"cannot write {self.target}: {getattr(error, 'strerror', None) or error}; "
                     "free space or name another folder"
                 ) from error
             return
-        os.chmod(self.part, 0o755)
-        os.replace(self.part, self.target)
+        try:
+            os.chmod(self.part, 0o755)
+            os.replace(self.part, self.target)
+        except OSError as failure:
+            shutil.rmtree(self.part, ignore_errors=True)
+            raise GossamerError(
+                f"cannot write {self.target}: {failure.strerror}; name another folder"
+            ) from None
 
 
-def save(
-    model: nn.Module, applied: Sequence[Applied], folder: str | Path, tokenizer: Any = None
-) -> Path:
-    """Write a model with the methods at work on it.
+def save(model: nn.Module, folder: str | Path, tokenizer: Any = None) -> Path:
+    """Write a model with the methods at work on it, in the order they were applied.
 
     Parameters
     ----------
     model : a transformers model.
-    applied : in the order they were applied.
     folder : must not exist, or be empty.
 
     Raises
@@ -121,7 +133,7 @@ def save(
         If the folder holds something or cannot be written.
     """
     stages, tensors = [], {}
-    for index, work in enumerate(applied):
+    for index, work in enumerate(at_work(model)):
         state = work.state()
         stages.append({"method": work.method.to_dict(), "meta": state.meta})
         for name, tensor in state.tensors.items():

@@ -8,8 +8,18 @@ from typing import Any
 import torch
 from torch import nn
 
+from gossamer.core import check_count
 from gossamer.evaluate import Reference, Speed, footprint, score, speed
-from gossamer.models import Applied, Progress, Tokens, context_length, find_sites, read_documents
+from gossamer.models import (
+    Applied,
+    Progress,
+    Tokens,
+    check_vocabulary,
+    context_length,
+    find_sites,
+    find_tokenizer,
+    read_documents,
+)
 from gossamer.recipes.cells import Cell
 from gossamer.recipes.recipe import load
 
@@ -25,7 +35,7 @@ class Setup:
     model : source as for :func:`gossamer.load`. dtype, device : how to load it.
     data : text to evaluate on, or None for the packaged held-out text.
     calibration : text to calibrate on. None takes the packaged calibration text, or, where
-        ``data`` is given, the first half of its documents; the second half is then evaluated.
+        ``data`` is given, its first half; the second half is then evaluated.
     samples, length : calibration windows and the tokens of every window.
     windows : windows evaluated, the first of the text.
     batch_size : windows per forward pass. seed : draws calibration windows.
@@ -46,6 +56,12 @@ class Setup:
     threads: int | None = None
     timed: bool = True
     allow_pickle: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("samples", "windows", "batch_size"):
+            check_count(name, getattr(self, name), 1)
+        check_count("length", self.length, 2)
+        check_count("seed", self.seed, 0)
 
 
 _REFERENCE_BYTES = 128 * 2**20
@@ -79,7 +95,7 @@ class Bench:
             )
             model, tokenizer = loaded.model, loaded.tokenizer
         self.model: Any = model
-        self.tokenizer = tokenizer
+        self.tokenizer = find_tokenizer(self.model) if tokenizer is None else tokenizer
         self.sites = find_sites(self.model)
         self.calibration, self.evaluation = self._texts()
         self.reference = Reference.record(
@@ -96,16 +112,14 @@ class Bench:
         evaluated = read_documents(setup.data, "heldout")
         if setup.calibration is not None or setup.data is None:
             calibrated = read_documents(setup.calibration, "calibration")
-        elif len(evaluated) > 1:
-            middle = len(evaluated) // 2
-            calibrated, evaluated = evaluated[:middle], evaluated[middle:]
         else:
-            middle = len(evaluated[0]) // 2
-            calibrated, evaluated = [evaluated[0][:middle]], [evaluated[0][middle:]]
+            calibrated, evaluated = halves(evaluated)
         calibration = Tokens.from_documents(
             calibrated, self.tokenizer, length=length, samples=setup.samples, seed=setup.seed
         )
         evaluation = Tokens.from_documents(evaluated, self.tokenizer, length=length)
+        for tokens in (calibration, evaluation):
+            check_vocabulary(tokens, self.model)
         return calibration, evaluation.slice(setup.windows)
 
     def close(self) -> None:
@@ -160,6 +174,9 @@ class Bench:
             "perplexity": _finite(found.perplexity),
             "kl": _finite(found.kl),
             "agreement": found.agreement,
+            "tokens": found.tokens,
+            "context": found.context,
+            "calibration": f"{len(self.calibration)} windows of {self.calibration.length} tokens",
             "kl_positions": len(self.reference.positions),
             "bytes_stored": sizes.bytes_stored,
             "bytes_moved": sizes.bytes_moved,
@@ -175,6 +192,19 @@ class Bench:
             "note": None if report is None else "; ".join(report.notes + report.warnings) or None,
             "warnings": [] if report is None else list(report.warnings),
         }
+
+
+def halves(documents: list[str]) -> tuple[list[str], list[str]]:
+    """Cut documents into two lists of equal text, inside a document where need be."""
+    middle = sum(map(len, documents)) // 2
+    first: list[str] = []
+    for index, text in enumerate(documents):
+        if len(text) >= middle:
+            parts = ([text[:middle]] if middle else []), ([text[middle:]] if text[middle:] else [])
+            return first + parts[0], parts[1] + documents[index + 1 :]
+        first.append(text)
+        middle -= len(text)
+    return first, []
 
 
 def _finite(value: float | None) -> float | None:

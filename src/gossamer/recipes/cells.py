@@ -1,7 +1,7 @@
 """Cells of a comparison: which method at which sparsity and pattern."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from hashlib import sha256
 
 from gossamer import methods
@@ -44,10 +44,6 @@ class Cell:
         text = f"{self.method.to_dict() if self.method else 'dense'} {self.seed}"
         plain = "".join(c if c.isalnum() else "-" for c in self.label)[:40]
         return f"{plain}-{sha256(text.encode()).hexdigest()[:12]}"
-
-
-def _has(cls: type[Method], name: str) -> bool:
-    return any(f.name == name and f.init for f in fields(cls))
 
 
 def grid(
@@ -93,13 +89,13 @@ def grid(
 def _cells_of(
     name: str, sparsities: Sequence[float], patterns: Sequence[Pattern], seed: int
 ) -> Iterable[Cell]:
-    cls = methods.get(name.partition(":")[0])
+    key = name.partition(":")[0]
     fixed = methods.parse_method(name, seed=seed)
-    own_pattern = ":pattern=" in name or not _has(cls, "pattern") or not patterns
+    own_pattern = ":pattern=" in name or not methods.has_field(key, "pattern") or not patterns
     for pattern in [None] if own_pattern else patterns:
         chosen = getattr(fixed, "pattern", None) if pattern is None else pattern
         at: Sequence[float | None] = sparsities
-        if ":sparsity=" in name or not _has(cls, "sparsity"):
+        if ":sparsity=" in name or not methods.has_field(key, "sparsity"):
             at = [None]
         elif isinstance(chosen, NM) and getattr(fixed, "allocation", "uniform") == "uniform":
             at = [chosen.fixed_sparsity]

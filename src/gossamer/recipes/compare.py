@@ -5,21 +5,23 @@ record per finished cell, written atomically as it ends. Killed and started agai
 arguments, it goes on where it was.
 """
 
+import hashlib
 import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
-from gossamer.core import GossamerError, Pattern
+from gossamer.core import GossamerError, Pattern, check_sparsity, unknown
 from gossamer.evaluate.environment import environment
-from gossamer.models import Progress
+from gossamer.models import Progress, resolve
 from gossamer.models.store import write_json
 from gossamer.recipes.bench import Bench, Setup
 from gossamer.recipes.cells import Cell, grid
@@ -37,13 +39,19 @@ class Comparison:
     Parameters
     ----------
     setup : model, texts, seeds. cells : what to run. out : folder of the run, or None.
-    command : how to repeat it, for the report.
+    command : how to repeat it, for the report. model : the object, where ``run`` gets one.
     """
 
     def __init__(
-        self, setup: Setup, cells: Sequence[Cell], out: str | Path | None = None, command: str = ""
+        self,
+        setup: Setup,
+        cells: Sequence[Cell],
+        out: str | Path | None = None,
+        command: str = "",
+        model: nn.Module | None = None,
     ) -> None:
         self.setup, self.cells, self.command = setup, list(cells), command
+        self._content = {} if out is None else self._fingerprints(model)
         self.out = None if out is None else Path(out)
         if self.out is not None:
             self._open()
@@ -51,8 +59,22 @@ class Comparison:
     @property
     def signature(self) -> dict[str, Any]:
         """What makes two runs the same: the setup (not where it runs), and the version."""
-        plain = {k: v for k, v in asdict(self.setup).items() if k not in ("threads", "timed")}
-        return {"gossamer": version("gossamer"), **plain}
+        plain = {k: v for k, v in asdict(self.setup).items() if k != "threads"}
+        return {"gossamer": version("gossamer"), **plain, **self._content}
+
+    def _fingerprints(self, model: nn.Module | None) -> dict[str, Any]:
+        """What the paths of the setup hold now: a name alone would let two runs mix."""
+        setup = self.setup
+        if model is None:
+            folder = resolve(setup.model, allow_pickle=setup.allow_pickle)
+            known = _of_folder(folder)
+        else:
+            known = _of_model(model)
+        texts = {
+            f"{name} content": None if path is None else _digest(Path(path))
+            for name, path in (("data", setup.data), ("calibration", setup.calibration))
+        }
+        return {"model content": known, **texts}
 
     def _open(self) -> None:
         assert self.out is not None
@@ -60,7 +82,9 @@ class Comparison:
         if file.is_file():
             try:
                 held = json.loads(file.read_text(encoding="utf-8"))["signature"]
-            except (ValueError, KeyError):
+                if not isinstance(held, dict):
+                    raise ValueError
+            except (ValueError, KeyError, TypeError):
                 raise GossamerError(
                     f"{file} is damaged; name another folder or remove it"
                 ) from None
@@ -91,9 +115,12 @@ class Comparison:
         if path is None or not path.is_file():
             return None
         try:
-            return json.loads(path.read_text(encoding="utf-8"))
+            row = json.loads(path.read_text(encoding="utf-8"))
         except ValueError:
             return None
+        # A damaged record is run again.
+        whole = isinstance(row, dict) and {"method", "loss", "seconds", "tokens"} <= row.keys()
+        return row if whole else None
 
     def run(
         self,
@@ -172,7 +199,13 @@ class Comparison:
         """Write ``rows.json``, from which the report is built; return its content."""
         content = {"meta": self.meta(rows, started), "rows": list(rows)}
         if self.out is not None:
-            write_json(self.out / "rows.json", content)
+            try:
+                write_json(self.out / "rows.json", content)
+            except OSError as error:
+                raise GossamerError(
+                    f"cannot write {self.out / 'rows.json'}: {error.strerror}; "
+                    "free space and run again to resume"
+                ) from None
         return content
 
     def meta(self, rows: Sequence[Row], started: float) -> dict[str, Any]:
@@ -183,9 +216,7 @@ class Comparison:
             "model": setup.model,
             "parameters": rows[0]["model_parameters"] if rows else None,
             "data": where,
-            "context": setup.length,
-            "tokens": setup.windows * (setup.length - 1),
-            "calibration": f"{setup.samples} windows of {setup.length} tokens",
+            **{k: rows[0][k] if rows else None for k in ("context", "tokens", "calibration")},
             "commands": [self.command] if self.command else [],
             "started": datetime.fromtimestamp(started, UTC).isoformat(timespec="seconds"),
             "seconds": round(time.time() - started, 1),
@@ -195,9 +226,43 @@ class Comparison:
         }
 
 
+def _digest(path: Path) -> str | None:
+    """Hash of a file's content; None where there is no file (the reader will say so)."""
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _of_folder(folder: Path) -> str:
+    """Hash of a model folder: small files whole, large ones by size and both ends."""
+    end = 1 << 20
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*")):
+        if path.suffix not in (".json", ".safetensors", ".bin"):
+            continue
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size} ".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(end))
+            if size > end:
+                file.seek(max(end, size - end))
+                digest.update(file.read(end))
+    return digest.hexdigest()
+
+
+def _of_model(model: nn.Module) -> str:
+    """Hash of a model object: names, shapes and sums of its parameters."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        total = float(parameter.detach().sum(dtype=torch.float64))
+        digest.update(f"{name} {tuple(parameter.shape)} {total!r} ".encode())
+    return digest.hexdigest()
+
+
 def compare(
-    model: str | nn.Module,
-    methods: Sequence[str],
+    model: str | Path | nn.Module,
+    methods: str | Sequence[str],
     *,
     sparsity: float | Sequence[float] = 0.5,
     pattern: str | Pattern | Sequence[str | Pattern] = (),
@@ -231,16 +296,26 @@ def compare(
         For unknown names or values out of range, before anything runs.
     """
     started = time.time()
-    sparsities = [sparsity] if isinstance(sparsity, int | float) else list(sparsity)
+    names = [methods] if isinstance(methods, str) else list(methods)
+    if not all(isinstance(name, str) for name in names):
+        raise GossamerError(
+            "methods are named by text, such as 'wanda' or 'wanda:pattern=2:4', not by objects"
+        )
+    sparsities = [sparsity] if isinstance(sparsity, int | float | str) else list(sparsity)
     patterns = [pattern] if isinstance(pattern, str | Pattern) else list(pattern)
-    source = model if isinstance(model, str) else str(getattr(model, "name_or_path", "model"))
-    plan = Setup(model=source, **setup)
-    cells = grid(list(methods), sparsities, patterns, plan.seed)
-    run = Comparison(plan, cells, out, command=" ".join(sys.argv))
+    known = tuple(f.name for f in fields(Setup) if f.name != "model")
+    for name in setup:
+        if name not in known:
+            raise unknown("option", name, known)
+    source = str(model) if isinstance(model, str | Path) else None
+    here = None if isinstance(model, str | Path) else model
+    plan = Setup(model=source or str(getattr(model, "name_or_path", "model")), **setup)
+    cells = grid(names, [check_sparsity(s) for s in sparsities], patterns, plan.seed)
+    run = Comparison(plan, cells, out, command=" ".join(sys.argv), model=here)
     rows = run.run(
         jobs=jobs,
         engine=engine,
-        model=None if isinstance(model, str) else model,
+        model=here,
         tokenizer=tokenizer,
         progress=progress,
         on_row=on_row,

@@ -7,8 +7,10 @@ workers need no common disk.
 import logging
 import multiprocessing
 import os
+import signal
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -21,17 +23,38 @@ __all__ = ["Engine", "on_processes", "on_ray"]
 Engine = Literal["local", "ray"]
 Row = dict[str, Any]
 
-_bench: Bench | None = None
+_bench: Bench | GossamerError | None = None
 
 
 def _start(setup: Setup) -> None:
+    """Build a worker's bench; what a user must hear of is kept for the first cell."""
     global _bench
-    _bench = Bench(setup)
+    # Ctrl-C ends the parent, which ends its workers; they have nothing to say of their own.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        _bench = Bench(setup)
+    except GossamerError as error:
+        _bench = error
 
 
 def _run(cell: Cell) -> Row:
+    if isinstance(_bench, GossamerError):
+        raise _bench
     assert _bench is not None
     return _bench.run(cell)
+
+
+class _Actor:
+    """A bench on a Ray worker; its errors travel as values, so none is lost in a wrapper."""
+
+    def __init__(self, setup: Setup) -> None:
+        _start(setup)
+
+    def run(self, cell: Cell) -> Row | str:
+        try:
+            return _run(cell)
+        except GossamerError as error:
+            return str(error)
 
 
 def shared_threads(setup: Setup, jobs: int) -> Setup:
@@ -51,8 +74,15 @@ def on_processes(setup: Setup, cells: Sequence[Cell], jobs: int) -> Iterator[tup
             done, _ = wait(left, return_when=FIRST_COMPLETED)
             for future in done:
                 yield left.pop(future), future.result()
+    except BrokenProcessPool:
+        raise GossamerError(
+            "a worker was killed, perhaps for want of memory; "
+            "use fewer jobs and run again to resume"
+        ) from None
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
+        for process in list((getattr(pool, "_processes", None) or {}).values()):
+            process.terminate()
 
 
 def on_ray(
@@ -78,7 +108,7 @@ def on_ray(
         ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
     try:
         jobs = min(jobs, len(cells))
-        worker: Any = ray.remote(Bench)
+        worker: Any = ray.remote(_Actor)
         idle = [worker.remote(shared_threads(setup, jobs)) for _ in range(jobs)]
         waiting, running = list(reversed(cells)), {}
         while waiting or running:
@@ -97,6 +127,11 @@ def on_ray(
 def _ray_result(ray: Any, reference: Any) -> Row:
     """A worker's row; a user's error reaches the user as itself."""
     try:
-        return ray.get(reference)
-    except ray.exceptions.RayTaskError as error:
-        raise (error.cause if isinstance(error.cause, GossamerError) else error) from None
+        row = ray.get(reference)
+    except ray.exceptions.RayActorError:
+        raise GossamerError(
+            "a Ray worker died, perhaps for want of memory; use fewer jobs and run again to resume"
+        ) from None
+    if isinstance(row, str):
+        raise GossamerError(row)
+    return row

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from gossamer import methods
-from gossamer.core import GossamerError, Method, unknown
+from gossamer.core import GossamerError, Method, check_count, unknown
 from gossamer.models import (
     Applied,
     Loaded,
@@ -17,8 +17,9 @@ from gossamer.models import (
     Tokens,
     as_tokens,
     load_model,
+    resolve,
 )
-from gossamer.models.store import read_stages, require_new
+from gossamer.models.store import MANIFEST, read_stages, require_new
 from gossamer.models.store import save as save_folder
 from gossamer.recipes import text
 
@@ -46,8 +47,8 @@ class AppliedRecipe:
                 stack.callback(stage.restore)
 
     def save(self, folder: str | Path) -> Path:
-        """Write the model with all stages; see :func:`gossamer.models.store.save`."""
-        return save_folder(self.model, self.stages, folder, self.tokenizer)
+        """Write the model with all that is at work; see :func:`gossamer.models.store.save`."""
+        return save_folder(self.model, folder, self.tokenizer)
 
     def report(self) -> str:
         """All stages' reports, one after the other."""
@@ -70,7 +71,7 @@ class Recipe:
     model : ``nano``, a folder or a hub id; None when the model is given to :meth:`apply`.
     data : file of calibration text, or None for the packaged text.
     samples, length : calibration windows and tokens per window.
-    seed : draws the calibration windows.
+    seed : draws the calibration windows, and seeds every stage that has a seed and names none.
     out : folder to save to, or None.
     """
 
@@ -89,13 +90,11 @@ class Recipe:
                 f"a recipe has 1 to {MAX_STAGES} stages; this one has {len(self.stages)}"
             )
         for name in ("samples", "length", "seed"):
-            value, least = getattr(self, name), 0 if name == "seed" else 1
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise GossamerError(f"{name} is {value!r}; give a whole number, at least {least}")
+            check_count(name, getattr(self, name), 0 if name == "seed" else 1)
         for name in ("model", "data", "out"):
             value = getattr(self, name)
-            if value is not None and not isinstance(value, str):
-                raise GossamerError(f"{name} is {value!r}; give text")
+            if value is not None and not (isinstance(value, str) and value.strip()):
+                raise GossamerError(f"{name} is {value!r}; give text, or leave it out")
 
     @classmethod
     def read(cls, path: str | Path) -> "Recipe":
@@ -139,7 +138,8 @@ class Recipe:
             raise GossamerError(
                 f"a recipe has 1 to {MAX_STAGES} stages; this one has {len(stages)}"
             )
-        made = tuple(_stage(number, stage) for number, stage in enumerate(stages, 1))
+        seed = values.get("seed", 0)
+        made = tuple(_stage(number, stage, seed) for number, stage in enumerate(stages, 1))
         rest = {k: v for k, v in values.items() if k != "stages"}
         return cls(stages=made, folder=folder, **rest)
 
@@ -151,8 +151,9 @@ class Recipe:
         return text.dump({**plain, "stages": stages})
 
     def _path(self, name: str) -> str:
+        """A path of the recipe: beside the file if it is there; ``nano`` is the packaged model."""
         inside = self.folder / name
-        return str(inside) if inside.exists() else name
+        return str(inside) if name != "nano" and inside.exists() else name
 
     def run(self, progress: Progress | None = None) -> AppliedRecipe:
         """Load the model, apply the stages, save if ``out`` is set."""
@@ -160,7 +161,7 @@ class Recipe:
             raise GossamerError("the recipe names no model; add 'model: nano' or a folder")
         if self.out is not None:
             require_new(self.folder / self.out)
-        loaded = load_model(self._path(self.model))
+        loaded = load(self._path(self.model))
         done = self.apply(loaded.model, loaded.tokenizer, progress=progress)
         if self.out is not None:
             done.save(self.folder / self.out)
@@ -200,12 +201,16 @@ class Recipe:
         )
 
 
-def _stage(number: int, stage: Any) -> Method:
+def _stage(number: int, stage: Any, seed: int) -> Method:
     if isinstance(stage, str):
         stage = {"method": stage}
     if not isinstance(stage, Mapping) or not isinstance(stage.get("method"), str):
         raise GossamerError(f"stage {number} needs a key 'method' with a method's name")
+    for key in stage:
+        if not isinstance(key, str):
+            raise GossamerError(f"stage {number} has the key {key!r}; keys are names of parameters")
     values = {k: v for k, v in stage.items() if k != "method"}
+    values = {"seed": seed, **values} if methods.has_field(stage["method"], "seed") else values
     try:
         return methods.make(stage["method"], **values)
     except GossamerError as error:
@@ -221,12 +226,17 @@ def load(source: str | Path, **options: Any) -> Loaded:
     options : dtype, device, allow_pickle, as for :func:`gossamer.models.load_model`.
     """
     loaded = load_model(source, **options)
-    if Path(source).is_dir():
-        for stage in read_stages(source):
-            method = methods.make(stage.method["method"], **_fields(stage.method))
+    folder = resolve(source, allow_pickle=options.get("allow_pickle", False))
+    for stage in read_stages(folder):
+        try:
+            values = dict(stage.method)
+            method = methods.make(values.pop("method"), **values)
             method.reattach(loaded.model, stage.meta, stage.tensors)
+        except GossamerError:
+            raise
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise GossamerError(
+                f"{folder / MANIFEST} is damaged ({type(error).__name__}: {error}); "
+                "save the model again"
+            ) from None
     return loaded
-
-
-def _fields(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in values.items() if k != "method"}

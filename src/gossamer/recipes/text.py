@@ -72,6 +72,11 @@ def parse(text: str) -> Any:
         where = f"line {mark.line + 1}: " if mark is not None else ""
         problem = getattr(error, "problem", None) or "not valid YAML"
         raise GossamerError(f"{where}{problem}") from None
+    except (ValueError, KeyError, AttributeError, TypeError, IndexError) as error:
+        if isinstance(error, GossamerError):
+            raise
+        # An explicit tag, such as !!int on a word, or a number too long to read.
+        raise GossamerError(f"a value cannot be read ({error})") from None
     except RecursionError:
         raise GossamerError("the recipe is nested too deeply") from None
 

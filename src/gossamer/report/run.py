@@ -25,10 +25,10 @@ def from_run(folder: str | Path) -> Path:
     try:
         if (folder / "rows.json").is_file():
             content = json.loads((folder / "rows.json").read_text(encoding="utf-8"))
-            rows, meta = content["rows"], content["meta"]
+            rows, meta = list(content["rows"]), dict(content["meta"])
         else:
             rows, meta = _cells(folder)
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise GossamerError(f"{folder} holds damaged records ({error}); run again") from None
     if not rows:
         raise GossamerError(f"{folder} holds no comparison; name the --out folder of one")

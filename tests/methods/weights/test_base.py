@@ -11,7 +11,7 @@ from gossamer.methods.weights.lamp import LAMP
 from gossamer.methods.weights.magnitude import Magnitude
 from gossamer.methods.weights.random import Random
 from gossamer.methods.weights.wanda import Wanda
-from gossamer.models import Tokens, find_sites, stream
+from gossamer.models import Tokens, at_work, find_sites, stream
 from tests.models.tiny import tiny_model
 
 
@@ -220,3 +220,31 @@ def test_bytes_saved_count_the_mask(model):
         assert applied.weight_bytes_saved() == sum(n * 4 - (n // 2 * 4 + n // 8) for n in sizes)
     with Magnitude(sparsity=0.0).apply(model) as applied:
         assert applied.weight_bytes_saved() == 0
+
+
+def test_restoring_out_of_order_is_refused(model):
+    before = weights(model)
+    first = Magnitude(sparsity=0.3).apply(model)
+    second = Magnitude(sparsity=0.7).apply(model)
+    with pytest.raises(GossamerError, match="restore that first"):
+        first.restore()
+    second.restore()
+    first.restore()
+    assert all(torch.equal(w, before[n]) for n, w in weights(model).items())
+
+
+def test_saving_what_was_restored_is_refused(model, tmp_path):
+    applied = Magnitude(sparsity=0.5).apply(model)
+    applied.restore()
+    with pytest.raises(GossamerError, match="apply it again"):
+        applied.save(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_masks_that_do_not_fit_the_weights_are_refused(model):
+    applied = Magnitude(sparsity=0.5).apply(model)
+    state = applied.state()
+    applied.restore()
+    with pytest.raises(GossamerError, match="changed after saving"):
+        applied.method.reattach(model, state.meta, state.tensors)
+    assert not at_work(model)

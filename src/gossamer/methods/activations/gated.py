@@ -48,16 +48,17 @@ class GatedModel(Applied):
             self._watch = positions.watch(model.get_submodule(sites.base))
             self._gates.set(gates)
         except BaseException:
-            self.restore()
+            self._undo()
             raise
+        self._join()
 
     @property
     def gates(self) -> dict[str, Gate]:
         """By name, what each place removes."""
         return self._gates.gates
 
-    def restore(self) -> None:
-        """Take every hook away. A second call does nothing."""
+    def _undo(self) -> None:
+        """Take every hook away."""
         self._gates.remove()
         while self._watch:
             self._watch.pop().remove()

@@ -88,6 +88,7 @@ class SparseAttention(Applied):
         self._sites = find_sites(model)
         self.simulated = selector.simulated(method.backend, length)
         self._installed = Installation(model, method.key(), self._sites.attentions, self._attention)
+        self._join()
 
     def _attention(
         self,
@@ -126,7 +127,7 @@ class SparseAttention(Applied):
         self.simulated = self.simulated or ran in _SIMULATED
         return out.transpose(1, 2).contiguous(), None
 
-    def restore(self) -> None:
+    def _undo(self) -> None:
         self._installed.undo()
 
     def state(self) -> State:

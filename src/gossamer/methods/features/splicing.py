@@ -103,8 +103,9 @@ class SplicedModel(Applied):
         self.dictionary, self.hook, self.score = dictionary, hook, score
         self.keep_error = keep_error
         self._splice = Splice(model, hook, dictionary, keep_error=keep_error)
+        self._join()
 
-    def restore(self) -> None:
+    def _undo(self) -> None:
         self._splice.remove()
 
     def state(self) -> State:

@@ -163,6 +163,8 @@ class OneShot(Method):
         except BaseException:
             if undo:
                 work.restore()
+            else:
+                work.forget()
             raise
         return work
 
@@ -174,8 +176,15 @@ class OneShot(Method):
         sites = {site.name: site for site in prunable(model).sites}
         for name in meta["sites"]:
             if name not in sites:
+                work.forget()
                 raise GossamerError(f"the saved masks name {name}, which this model does not have")
             mask = unpack_bits(tensors[f"mask.{name}"], sites[name].shape)
+            if bool(sites[name].weight(model)[~mask].any()):
+                work.forget()
+                raise GossamerError(
+                    f"{name} is not zero where its saved mask removes weights; "
+                    "the weights were changed after saving: save the model again"
+                )
             work.masks[name] = tensors[f"mask.{name}"]
             work.kept[name] = Selection.from_mask(mask).kept
             work.sites[name] = sites[name]

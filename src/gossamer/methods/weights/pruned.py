@@ -19,7 +19,7 @@ from gossamer.core import (
     pack_bits,
     unpack_bits,
 )
-from gossamer.models import Applied, Report, SiteRow, State
+from gossamer.models import Applied, Report, SiteRow, State, at_work
 
 __all__ = ["LayerView", "Pruned", "PrunedModel"]
 
@@ -77,6 +77,7 @@ class PrunedModel(Applied):
         self.warnings: list[str] = []
         self.scores: dict[str, Tensor] = {}
         self._removed: dict[str, Tensor] = {}
+        self._join()
 
     def usable(self, site: Site, stats: Mapping[Stat, Any]) -> Mapping[Stat, Any]:
         """An expert that saw no token has norms of zero, which rank nothing: take them as one."""
@@ -104,9 +105,16 @@ class PrunedModel(Applied):
         return Selection.from_mask(unpack_bits(self.masks[name], self.sites[name].shape))
 
     @torch.no_grad()
-    def restore(self) -> None:
+    def _undo(self) -> None:
         if not self.undo:
             raise GossamerError("pruned without undo: load the model again to have it dense")
+        works = at_work(self.model)
+        later = [w for w in works[works.index(self) + 1 :] if isinstance(w, PrunedModel)]
+        if later:
+            # Its removed values were taken from the model as this pruning left it.
+            raise GossamerError(
+                f"{later[-1].method.key()} pruned the same weights later; restore that first"
+            )
         for name, removed in self._removed.items():
             weight = self.sites[name].weight(self.model)
             if removed.dim() == 2:
@@ -115,6 +123,10 @@ class PrunedModel(Applied):
                 mask = unpack_bits(self.masks[name], self.sites[name].shape)
                 weight[~mask] = removed
         self._removed.clear()
+
+    def forget(self) -> None:
+        """Leave the model as it is and stop counting as at work on it."""
+        self._leave()
 
     @torch.no_grad()
     def enforce(self) -> None:
