@@ -46,7 +46,8 @@ class DSnoT(OneShot):
     power : exponent of the input's variance that a returning weight's effect is divided by;
         0 ignores the variance.
     same_sign : a row ends before a swap that would turn the sign of its expected error. The
-        paper stops there, the official code by default does not, which costs quality.
+        paper stops there; the official code by default does not, which loses more on the packaged
+        model.
     """
 
     card: ClassVar = Card(
