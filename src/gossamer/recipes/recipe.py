@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from gossamer import methods
+from gossamer import export, methods
 from gossamer.core import GossamerError, Method, unknown
 from gossamer.models import (
     Applied,
@@ -18,6 +18,7 @@ from gossamer.models import (
     load_model,
     read_documents,
 )
+from gossamer.models.loading import as_device, as_dtype
 from gossamer.models.store import read_stages, require_new
 from gossamer.models.store import save as save_folder
 from gossamer.recipes import text
@@ -216,9 +217,12 @@ def load(source: str | Path, **options: Any) -> Loaded:
 
     Parameters
     ----------
-    source : ``nano``, a folder (dense or saved by gossamer) or a hub id.
+    source : ``nano``, a folder (dense, saved or exported by gossamer) or a hub id.
     options : dtype, device, allow_pickle, as for :func:`gossamer.models.load_model`.
     """
+    if export.is_export(source):
+        device = as_device(options.get("device", "cpu"))
+        return export.read(source, dtype=as_dtype(options.get("dtype"), device), device=device)
     loaded = load_model(source, **options)
     if Path(source).is_dir():
         for stage in read_stages(source):
