@@ -50,6 +50,10 @@ app.command(
     help="Apply several methods to one model, as a YAML file says.",
 )
 app.command(
+    "gossamer.cli.export:export",
+    help="Write a model with zeros in the space its weights need.",
+)
+app.command(
     "gossamer.cli.report:report",
     help="Build the page of a comparison.",
 )

@@ -5,7 +5,10 @@ nothing: C++ is built on the first call.
 """
 
 from gossamer.kernels.nm_select.op import nm_mask, register
+from gossamer.kernels.sparse_linear import Packed, SparseLinear, pack, sparse_linear
+from gossamer.kernels.sparse_linear.op import register as register_sparse_linear
 
-__all__ = ["nm_mask", "register"]
+__all__ = ["Packed", "SparseLinear", "nm_mask", "pack", "register", "sparse_linear"]
 
 register()
+register_sparse_linear()

@@ -20,7 +20,20 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from gossamer.core import GossamerError, unknown
 from gossamer.models.quiet import quiet
 
-__all__ = ["Loaded", "find_tokenizer", "load_model", "resolve"]
+__all__ = [
+    "EXPORT_MANIFEST",
+    "Loaded",
+    "as_device",
+    "as_dtype",
+    "check_safetensors",
+    "find_tokenizer",
+    "first_line",
+    "load_model",
+    "load_tokenizer",
+    "read_json",
+    "resolve",
+    "shard_files",
+]
 
 _DTYPES = {
     "float32": torch.float32,
@@ -30,6 +43,7 @@ _DTYPES = {
     "float16": torch.float16,
     "fp16": torch.float16,
 }
+EXPORT_MANIFEST = "gossamer-export.json"
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", re.ASCII)
 _HUB_FILES = (
     "config.json",
@@ -78,19 +92,19 @@ def load_model(
     GossamerError
         If the source is missing, incomplete, damaged, of the wrong kind, or pickled.
     """
-    place = _device(device)
-    number = _dtype(dtype, place)
+    place = as_device(device)
+    number = as_dtype(dtype, place)
     folder = resolve(source, allow_pickle=allow_pickle)
     config = _check_config(folder)
     pickled = _check_weights(folder, allow_pickle)
     architecture = _architecture(folder, config, kind)
     with quiet():
-        tokenizer = _load_tokenizer(folder, required=kind == "causal")
+        tokenizer = load_tokenizer(folder, required=kind == "causal")
         model = _load(folder, architecture, number, pickled)
         try:
             model = model.to(place).eval()
         except RuntimeError as error:
-            raise GossamerError(f"{source} does not fit on {place}: {_line(error)}") from None
+            raise GossamerError(f"{source} does not fit on {place}: {first_line(error)}") from None
     return Loaded(model, tokenizer)
 
 
@@ -124,7 +138,7 @@ def resolve(source: str | Path, *, allow_pickle: bool = False) -> Path:
     except Exception as error:
         raise GossamerError(
             f"{text} is neither a folder nor a model that could be fetched from the hub "
-            f"({_line(error)}); give 'nano', a folder, or a hub id while online"
+            f"({first_line(error)}); give 'nano', a folder, or a hub id while online"
         ) from None
 
 
@@ -144,25 +158,27 @@ def find_tokenizer(model: Any) -> Any:
         )
     with quiet():
         if Path(name).is_dir():
-            return _load_tokenizer(Path(name), required=True)
+            return load_tokenizer(Path(name), required=True)
         try:
             return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         except Exception as error:
             raise GossamerError(
-                f"no tokenizer for {name} ({_line(error)}); give token ids instead of text"
+                f"no tokenizer for {name} ({first_line(error)}); give token ids instead of text"
             ) from None
 
 
-def _device(device: str | torch.device) -> torch.device:
+def as_device(device: str | torch.device) -> torch.device:
+    """The device of that name; GossamerError if it cannot be used."""
     try:
         place = torch.device(device)
         torch.empty(0, device=place)
     except Exception as error:
-        raise GossamerError(f"device {device!s} cannot be used: {_line(error)}") from None
+        raise GossamerError(f"device {device!s} cannot be used: {first_line(error)}") from None
     return place
 
 
-def _dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+def as_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+    """The dtype of that name; None for float32 on CPU and bfloat16 elsewhere."""
     if dtype is None:
         return torch.float32 if device.type == "cpu" else torch.bfloat16
     if isinstance(dtype, torch.dtype):
@@ -174,12 +190,13 @@ def _dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype
     return _DTYPES[dtype]
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; GossamerError if there is none."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise GossamerError(
-            f"{path} cannot be read ({_line(error)}); copy the model again"
+            f"{path} cannot be read ({first_line(error)}); copy the model again"
         ) from None
     if not isinstance(value, dict):
         raise GossamerError(f"{path} holds no JSON object; copy the model again")
@@ -194,7 +211,7 @@ def _check_config(folder: Path) -> dict[str, Any]:
         if (folder / "adapter_config.json").is_file():
             raise GossamerError(f"{folder} holds an adapter only; merge it into its model first")
         raise GossamerError(f"{folder} has no config.json, so it is not a (whole) model folder")
-    config = _read_json(path)
+    config = read_json(path)
     kind = config.get("model_type")
     if not isinstance(kind, str):
         raise GossamerError(f"{path} names no model_type; copy the model again")
@@ -214,12 +231,14 @@ def _check_config(folder: Path) -> dict[str, Any]:
 def _check_weights(folder: Path, allow_pickle: bool) -> bool:
     """Whether the weights are pickled; an error unless they are all there."""
     if (folder / "model.safetensors").is_file():
-        _check_safetensors(folder / "model.safetensors")
+        check_safetensors(folder / "model.safetensors")
         return False
     if (folder / "model.safetensors.index.json").is_file():
-        for shard in _shards(folder / "model.safetensors.index.json"):
-            _check_safetensors(shard)
+        for shard in shard_files(folder / "model.safetensors.index.json"):
+            check_safetensors(shard)
         return False
+    if (folder / EXPORT_MANIFEST).is_file():
+        raise GossamerError(f"{folder} is an export without its zeros; open it with gossamer.load")
     pickles = sorted(p.name for p in folder.glob("*.bin") if p.name.startswith("pytorch_model"))
     if not pickles:
         raise GossamerError(f"{folder} has no weights (no model.safetensors); copy the model again")
@@ -229,13 +248,13 @@ def _check_weights(folder: Path, allow_pickle: bool) -> bool:
             "convert them to safetensors, or allow it with --allow-pickle (allow_pickle=True)"
         )
     if (folder / "pytorch_model.bin.index.json").is_file():
-        _shards(folder / "pytorch_model.bin.index.json")
+        shard_files(folder / "pytorch_model.bin.index.json")
     return True
 
 
-def _shards(index: Path) -> list[Path]:
+def shard_files(index: Path) -> list[Path]:
     """The files an index names, all of them there."""
-    weights = _read_json(index).get("weight_map")
+    weights = read_json(index).get("weight_map")
     if not isinstance(weights, dict) or not weights:
         raise GossamerError(f"{index} names no weights; copy the model again")
     names = sorted({str(name) for name in weights.values()})
@@ -249,14 +268,15 @@ def _shards(index: Path) -> list[Path]:
     return [index.parent / name for name in names]
 
 
-def _check_safetensors(path: Path) -> None:
+def check_safetensors(path: Path) -> None:
+    """Raise GossamerError if a safetensors file is damaged, cut short or empty."""
     try:
         # Opening reads the header and compares it with the file's size, not the weights.
         with safe_open(path, framework="pt") as file:
             empty = not list(file.keys())
     except (SafetensorError, OSError) as error:
         raise GossamerError(
-            f"{path} is damaged or cut short ({_line(error)}); copy the model again"
+            f"{path} is damaged or cut short ({first_line(error)}); copy the model again"
         ) from None
     if empty:
         raise GossamerError(f"{path} holds no weights; copy the model again")
@@ -283,7 +303,8 @@ def _architecture(folder: Path, config: dict[str, Any], kind: str) -> str | None
     return name
 
 
-def _load_tokenizer(folder: Path, *, required: bool) -> Any:
+def load_tokenizer(folder: Path, *, required: bool) -> Any:
+    """The tokenizer in a folder; None where there is none and none is required."""
     if not any((folder / name).is_file() for name in _TOKENIZERS):
         if required:
             raise GossamerError(f"{folder} has no tokenizer (no tokenizer.json); copy it there")
@@ -291,7 +312,9 @@ def _load_tokenizer(folder: Path, *, required: bool) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
-        raise GossamerError(f"the tokenizer in {folder} cannot be read: {_line(error)}") from None
+        raise GossamerError(
+            f"the tokenizer in {folder} cannot be read: {first_line(error)}"
+        ) from None
 
 
 def _load(folder: Path, architecture: str | None, dtype: torch.dtype, pickled: bool) -> Any:
@@ -309,7 +332,7 @@ def _load(folder: Path, architecture: str | None, dtype: torch.dtype, pickled: b
             **options,
         )
     except Exception as error:
-        raise GossamerError(f"{folder} cannot be loaded: {_line(error)}") from None
+        raise GossamerError(f"{folder} cannot be loaded: {first_line(error)}") from None
     # transformers fills what it does not find with random numbers and only mentions it.
     missing = sorted(facts.get("missing_keys", ()))
     if missing:
@@ -318,7 +341,7 @@ def _load(folder: Path, architecture: str | None, dtype: torch.dtype, pickled: b
     return model
 
 
-def _line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     """The first line of a message, without its full stop."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0].rstrip(".:")[:200] if lines else type(error).__name__

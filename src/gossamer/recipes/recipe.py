@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from gossamer import methods
+from gossamer import export, methods
 from gossamer.core import GossamerError, Method, check_count, unknown
 from gossamer.models import (
     Applied,
@@ -19,6 +19,7 @@ from gossamer.models import (
     load_model,
     resolve,
 )
+from gossamer.models.loading import as_device, as_dtype
 from gossamer.models.store import MANIFEST, read_stages, require_new
 from gossamer.models.store import save as save_folder
 from gossamer.recipes import text
@@ -222,9 +223,12 @@ def load(source: str | Path, **options: Any) -> Loaded:
 
     Parameters
     ----------
-    source : ``nano``, a folder (dense or saved by gossamer) or a hub id.
+    source : ``nano``, a folder (dense, saved or exported by gossamer) or a hub id.
     options : dtype, device, allow_pickle, as for :func:`gossamer.models.load_model`.
     """
+    if export.is_export(source):
+        device = as_device(options.get("device", "cpu"))
+        return export.read(source, dtype=as_dtype(options.get("dtype"), device), device=device)
     loaded = load_model(source, **options)
     folder = resolve(source, allow_pickle=options.get("allow_pickle", False))
     for stage in read_stages(folder):

@@ -109,9 +109,14 @@ class OneShot(Method):
         """
 
     @property
+    def measures(self) -> frozenset[Stat]:
+        """What this method reads of every layer: ``needs``, and what its fields add to it."""
+        return self.needs
+
+    @property
     def _data_needs(self) -> frozenset[Stat]:
         owl = frozenset({Stat.INPUT_L2}) if self.allocation == "owl" else frozenset()
-        return self.needs | owl
+        return self.measures | owl
 
     def apply(
         self,
@@ -145,11 +150,11 @@ class OneShot(Method):
             tokens = as_tokens(data, model)
         try:
             budgets = self._budgets(work, sites, tokens, batch_size, progress)
-            if self.needs:
+            if self.measures:
                 stream_blocks(
                     model,
                     tokens,
-                    self.needs,
+                    self.measures,
                     lambda block: self._prune(work, block.sites, block.stats, budgets),
                     sites=sites,
                     batch_size=batch_size,
@@ -198,11 +203,11 @@ class OneShot(Method):
         budgets: Mapping[str, tuple[Pattern, Budget]],
     ) -> None:
         """Decide and change every site of one block."""
+        memo: dict[str, Any] = {}
         for site in sites:
             measured = work.usable(site, stats.get(site.name, {}))
-            layer = replace(
-                self.view(work.model, site, measured), known=work.scores.pop(site.name, None)
-            )
+            known = work.scores.pop(site.name, None)
+            layer = replace(self.view(work.model, site, measured), known=known, memo=memo)
             try:
                 pruned = self.prune(layer, *budgets[site.name])
             except GossamerError as error:
@@ -245,7 +250,7 @@ class OneShot(Method):
             case "global":
                 scores = self._all_scores(model, sites, tokens, batch_size, progress)
                 shares = split.global_(scores, self.sparsity)
-                if not self.needs:
+                if not self.measures:
                     # Nothing measured changes them on the way, so they are not computed twice.
                     work.scores = scores
             case "owl":
@@ -276,11 +281,11 @@ class OneShot(Method):
             for site in block_sites:
                 scores[site.name] = self.score(self.view(model, site, stats.get(site.name, {})))
 
-        if self.needs:
+        if self.measures:
             stream_blocks(
                 model,
                 tokens,
-                self.needs,
+                self.measures,
                 lambda block: collect(block.sites, block.stats),
                 sites=sites,
                 batch_size=batch_size,

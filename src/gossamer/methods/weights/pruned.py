@@ -4,7 +4,7 @@ Shapes: O = out features, I = in features of a layer.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -35,6 +35,8 @@ class LayerView:
     stats : what the method's ``needs`` named, measured on the already pruned stream.
     seed : differs from layer to layer, fixed by the method's seed and the layer's place.
     known : scores (O, I) that the allocation already needed, or None.
+    memo : what a method keeps from one layer of a block to the next, such as the factor of a
+        Hessian that several layers share; forgotten with the block.
     """
 
     site: Site
@@ -42,6 +44,7 @@ class LayerView:
     stats: Mapping[Stat, Any]
     seed: int
     known: Tensor | None = None
+    memo: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def stat(self, stat: Stat) -> Any:
         """A measured statistic."""
@@ -56,10 +59,12 @@ class Pruned:
     ----------
     selection : which weights stay, shape (O, I).
     weight : new values of the survivors, (O, I), or None when they keep theirs.
+    warnings : what a user should know about this layer, without its name.
     """
 
     selection: Selection
     weight: Tensor | None = None
+    warnings: tuple[str, ...] = ()
 
 
 class PrunedModel(Applied):
@@ -80,16 +85,26 @@ class PrunedModel(Applied):
         self._join()
 
     def usable(self, site: Site, stats: Mapping[Stat, Any]) -> Mapping[Stat, Any]:
-        """An expert that saw no token has norms of zero, which rank nothing: take them as one."""
-        norm = stats.get(Stat.INPUT_L2)
-        if norm is None or bool(norm.any()):
+        """An expert that saw no token has norms of zero, which rank nothing: take them as one.
+
+        Likewise its Hessian, whose diagonal holds the squared norms: the identity.
+        """
+        norm, hessian = stats.get(Stat.INPUT_L2), stats.get(Stat.HESSIAN)
+        loud = norm if norm is not None else None if hessian is None else hessian.diagonal()
+        if loud is None or bool(loud.any()):
             return stats
         self.warnings.append(f"{site.name} saw no calibration token; pruned by magnitude")
-        return {**stats, Stat.INPUT_L2: torch.ones_like(norm)}
+        usable = dict(stats)
+        if norm is not None:
+            usable[Stat.INPUT_L2] = torch.ones_like(norm)
+        if hessian is not None:
+            usable[Stat.HESSIAN] = torch.eye(len(hessian), device=hessian.device)
+        return usable
 
     def write(self, site: Site, weight: Tensor, pruned: Pruned) -> None:
         """Put a decision into the model, keeping what undoing it needs."""
         mask = pruned.selection.mask()
+        self.warnings += [f"{site.name}: {text}" for text in pruned.warnings]
         if self.undo:
             changed = pruned.weight is not None
             self._removed[site.name] = weight.clone() if changed else weight[~mask]
