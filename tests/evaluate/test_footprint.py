@@ -18,7 +18,7 @@ class Working(Applied):
         self.model, self._report, self._saved, self._tensors = model, report, saved, tensors
         self.simulated = report.simulated
 
-    def restore(self) -> None:
+    def _undo(self) -> None:
         self.model = None  # type: ignore[assignment]
 
     def state(self) -> State:
