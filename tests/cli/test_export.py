@@ -19,7 +19,7 @@ def run(capsys, *words):
 
 def test_a_sparse_folder_is_exported_and_converted(capsys, tmp_path):
     model = tiny_model("llama").to(torch.bfloat16)
-    applied = Magnitude(pattern="2:4").apply(model)
+    Magnitude(pattern="2:4").apply(model)
     save(model, tmp_path / "sparse", tiny_tokenizer())
     status, out, err = run(
         capsys, "export", tmp_path / "sparse", "--format", "nm", "--out", tmp_path / "nm"

@@ -74,6 +74,11 @@ def on_processes(setup: Setup, cells: Sequence[Cell], jobs: int) -> Iterator[tup
             done, _ = wait(left, return_when=FIRST_COMPLETED)
             for future in done:
                 yield left.pop(future), future.result()
+    except (KeyboardInterrupt, GossamerError):
+        # A worker amid a long cell would keep the interpreter from ending.
+        for process in multiprocessing.active_children():
+            process.terminate()
+        raise
     except BrokenProcessPool:
         raise GossamerError(
             "a worker was killed, perhaps for want of memory; "
@@ -81,8 +86,6 @@ def on_processes(setup: Setup, cells: Sequence[Cell], jobs: int) -> Iterator[tup
         ) from None
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
-        for process in list((getattr(pool, "_processes", None) or {}).values()):
-            process.terminate()
 
 
 def on_ray(

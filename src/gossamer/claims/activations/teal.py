@@ -122,7 +122,7 @@ CLAIMS = (
     Claim(
         name="thresholds hit their sparsity",
         sentence="Thresholds calibrated on some text give the target sparsity on other text.",
-        paper="thresholds from 10 sequences serve all tasks",
+        paper="thresholds come from 10 sequences of general text (official code)",
         experiment=(
             f"nano, thresholds from {WINDOWS} x {LENGTH} tokens of one text, sparsity counted on "
             "another while all gates work: every layer within 2 points of its target"
@@ -137,7 +137,7 @@ CLAIMS = (
     Claim(
         name="greedy is no worse than uniform",
         sentence="Splitting a block's sparsity greedily over its layers beats a uniform split.",
-        paper="Llama-2-7B, WikiText: greedy below uniform at every sparsity",
+        paper="Llama-2-7B, WikiText: greedy below uniform (quoted from memory)",
         experiment=(
             f"nano, steps of {GREEDY_STEP}, perplexity on held-out text at most 1.01 times that "
             "of the uniform split"
