@@ -24,6 +24,8 @@ class Method(ABC):
 
     card: ClassVar[Card]
     needs: ClassVar[frozenset[Stat]] = frozenset()
+    subject: ClassVar[str] = "language model"
+    """What ``apply`` takes, in words; the conformance checks build one of that kind."""
     example: ClassVar[Mapping[str, Any]] = {}
     """Parameters that make the method cheap on a tiny model, for the conformance checks."""
     exempt: ClassVar[Mapping[str, str]] = {}

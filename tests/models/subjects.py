@@ -1,0 +1,62 @@
+"""The kinds of model that methods apply to, tiny and seeded, for the generated conformance.
+
+A method names its kind in ``subject``; most take a language model. An entry gives a model (the
+same weights at every call), data its ``apply`` accepts, and how to run it once.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gossamer.models import Tokens
+from tests.models.tiny import tiny_model
+
+__all__ = ["SUBJECTS", "Subject", "random_tokens"]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One kind of model.
+
+    Parameters
+    ----------
+    build : a new model, always with the same weights, in eval mode.
+    data : what ``apply`` reads.
+    outputs : a deterministic result of the model that a method at work would change.
+    broken : data that make ``apply`` fail half-way with ValueError or IndexError, if any do.
+    """
+
+    build: Callable[[], nn.Module]
+    data: Callable[[], Any]
+    outputs: Callable[[nn.Module], Tensor]
+    broken: Callable[[], Any] | None = None
+
+
+def random_tokens(seed: int = 0) -> Tokens:
+    """(6, 24) token ids below the tiny models' vocabulary."""
+    generator = torch.Generator().manual_seed(seed)
+    return Tokens.from_ids(torch.randint(3, 128, (6, 24), generator=generator))
+
+
+def _logits(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        return model(input_ids=random_tokens(7).input_ids[:3]).logits
+
+
+def _unknown_words() -> Tokens:
+    tokens = Tokens.from_ids(torch.full((2, 8), 3))
+    object.__setattr__(tokens, "input_ids", torch.full((2, 8), 10_000))
+    return tokens
+
+
+SUBJECTS: dict[str, Subject] = {
+    "language model": Subject(
+        build=lambda: tiny_model("llama"),
+        data=random_tokens,
+        outputs=_logits,
+        broken=_unknown_words,
+    ),
+}
