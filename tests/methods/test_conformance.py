@@ -265,9 +265,10 @@ class TestEveryMethod:
             again = type(model).from_pretrained(tmp_path / "out").eval()
             kept, meta, tensors = stage.method, stage.meta, stage.tensors
         else:
-            again, (meta, tensors) = it.build(), applied.state()
+            again, state = it.build(), applied.state()
+            tensors = state.tensors
             kept = json.loads(json.dumps(method.to_dict()))
-            meta = json.loads(json.dumps(meta))
+            meta = json.loads(json.dumps(state.meta))
         back = methods.make(kept["method"], **{k: v for k, v in kept.items() if k != "method"})
         attached = back.reattach(again, meta, tensors)
         assert torch.allclose(it.outputs(again), expected, atol=1e-6)
