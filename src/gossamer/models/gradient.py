@@ -14,7 +14,7 @@ from gossamer.models.capture import evaluating
 from gossamer.models.data import Inputs, Tokens
 from gossamer.models.sites import SiteMap
 
-__all__ = ["gradients"]
+__all__ = ["gradients", "own_loss"]
 
 
 def gradients(
@@ -55,7 +55,7 @@ def gradients(
             handles.append(parameter.register_post_accumulate_grad_hook(take))
         with evaluating(model), torch.enable_grad():
             for batch in data.batches(batch_size, device):
-                _loss(model, batch).backward()
+                own_loss(model, batch).backward()
     finally:
         for handle in handles:
             handle.remove()
@@ -81,7 +81,18 @@ def _taker(accumulator: Accumulator) -> Callable[[Tensor], None]:
     return take
 
 
-def _loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+def own_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """The loss a model of transformers computes itself; token ids are their own labels.
+
+    Parameters
+    ----------
+    batch : keyword arguments of the model; padding and, where given, ``labels`` are respected.
+
+    Raises
+    ------
+    GossamerError
+        If the model computes none on this data.
+    """
     if "labels" not in batch and "input_ids" in batch:
         labels = batch["input_ids"]
         if "attention_mask" in batch:

@@ -1,0 +1,1 @@
+"""What the methods that train share: a loop, hidden activations to watch, undo."""
