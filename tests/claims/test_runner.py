@@ -1,13 +1,15 @@
 """The claims runner: records, verdicts, the ledger."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from gossamer import methods
-from gossamer.claims import runner
+from gossamer.claims import lm, runner
 from gossamer.claims.base import Claim, Verdict, mean
 from gossamer.core import GossamerError
+from tests.models.tiny import tiny_folder
 
 
 def claim(verdict=Verdict.HOLDS, tier="smoke", **values):
@@ -77,3 +79,31 @@ def test_every_method_has_a_committed_smoke_record():
 
 def test_mean():
     assert mean([{"a": 1.0}, {"a": 3.0}], "a") == 2.0
+
+
+def test_a_portable_claim_runs_on_another_model(one_claim, tmp_path):
+    folder = tiny_folder(tmp_path / "other")
+    text = tmp_path / "text.txt"
+    text.write_text("def f(x):\n    return x + 1\n" * 400)
+    seen = []
+
+    def run(seed):
+        tokens = lm.calibration(seed)
+        seen.append((lm.nano().model.config.hidden_size, len(tokens), lm.heldout().length))
+        return {"x": lm.loss(lm.nano().model)}
+
+    portable = replace(claim(portable=True), run=run, experiment="{model}, loss", ours="{x:.2f}")
+    one_claim(claim(), portable)
+    place = lm.Place(model=str(folder), data=str(text), samples=3, windows=2, length=16)
+    (record,) = runner.run("wanda", "smoke", tmp_path, place=place)
+    assert seen == [(32, 3, 16)] * 3
+    assert record["experiment"].startswith("other (")
+    assert "windows of 16 tokens" in record["experiment"]
+    assert (tmp_path / "claims" / "wanda.smoke.other.json").is_file()
+    assert runner.ledger(tmp_path) == [record]
+    assert lm.here().model == "nano"
+
+
+def test_another_model_needs_its_text():
+    with pytest.raises(GossamerError, match="held-out text of x/y is not known"):
+        lm.Place(model="x/y")

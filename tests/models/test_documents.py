@@ -5,7 +5,7 @@ import json
 import pytest
 
 from gossamer.core import GossamerError
-from gossamer.models import read_documents
+from gossamer.models import halves, read_documents
 
 
 def test_text_jsonl_and_parquet_hold_the_same_documents(tmp_path) -> None:
@@ -77,3 +77,10 @@ def test_parquet_without_pyarrow(tmp_path, monkeypatch) -> None:
     (tmp_path / "a.parquet").write_bytes(b"PAR1")
     with pytest.raises(GossamerError, match=r"pip install 'gossamer\[parquet\]'"):
         read_documents(tmp_path / "a.parquet")
+
+
+def test_halves_have_equal_text():
+    assert halves(["abcd"]) == (["ab"], ["cd"])
+    assert halves(["ab", "cdef"]) == (["ab", "c"], ["def"])
+    first, second = halves(["a", "b" * 99])
+    assert len("".join(first)) == len("".join(second)) == 50

@@ -11,7 +11,7 @@ import pytest
 
 import gossamer
 from gossamer.core import GossamerError
-from gossamer.recipes.bench import Bench, Setup, halves
+from gossamer.recipes.bench import Bench, Setup
 from gossamer.recipes.cells import grid
 from gossamer.recipes.compare import Comparison, compare
 
@@ -171,13 +171,6 @@ def test_a_damaged_run_is_named(tmp_path, text):
     (out / "run.json").write_text(text)
     with pytest.raises(GossamerError, match="damaged"):
         compare("nano", ["magnitude"], out=out, **SMALL)
-
-
-def test_halves_have_equal_text():
-    assert halves(["abcd"]) == (["ab"], ["cd"])
-    assert halves(["ab", "cdef"]) == (["ab", "c"], ["def"])
-    first, second = halves(["a", "b" * 99])
-    assert len("".join(first)) == len("".join(second)) == 50
 
 
 @pytest.mark.parametrize(

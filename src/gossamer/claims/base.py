@@ -41,6 +41,8 @@ class Claim:
         with the mean over seeds.
     tier : ``smoke`` (CPU, seconds, in CI), ``small`` (CPU, at most 3 minutes), ``gpu`` (at most 5).
     seeds : 3 for every comparison that has noise.
+    portable : whether it says as much about any language model, so that ``gossamer claim --model``
+        can run it there; ``experiment`` then names the model as ``{model}``.
     """
 
     name: str
@@ -52,6 +54,7 @@ class Claim:
     ours: str
     tier: Tier = "smoke"
     seeds: tuple[int, ...] = (0, 1, 2)
+    portable: bool = False
 
 
 def mean(figures: Sequence[Figures], name: str) -> float:

@@ -1,38 +1,123 @@
-"""What the claims on a language model share: the packaged model, its texts, its dense loss."""
+"""What the claims on a language model share: the model, its texts, its dense loss.
+
+Claims run on the packaged model and its texts. Those that speak of any language model
+(``Claim.portable``) run on another one inside ``with on(Place(...))``.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from gossamer.core import GossamerError, check_count
 from gossamer.evaluate import score
-from gossamer.models import Loaded, Tokens, load_model, read_documents
+from gossamer.models import Loaded, Tokens, halves, load_model, read_documents
 
-__all__ = ["calibration", "heldout", "loss", "nano", "outlier_channels"]
+__all__ = ["Place", "calibration", "heldout", "here", "loss", "nano", "on", "outlier_channels"]
 
 
-@cache
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """A model and the texts to measure it on.
+
+    Parameters
+    ----------
+    model : ``nano``, a folder or a hub id. device : where it runs.
+    data : file of held-out text; None takes the packaged one.
+    calibration : file of calibration text; None takes the first half of ``data``, or the
+        packaged text.
+    samples : calibration windows; None leaves it to the claim.
+    windows, length : held-out windows and tokens per window; calibration windows have the same.
+    """
+
+    model: str = "nano"
+    device: str = "cpu"
+    data: str | None = None
+    calibration: str | None = None
+    samples: int | None = None
+    windows: int = 8
+    length: int = 256
+
+    def __post_init__(self) -> None:
+        for name in ("windows", "samples"):
+            if getattr(self, name) is not None:
+                check_count(name, getattr(self, name), 1)
+        check_count("length", self.length, 2)
+        if self.model != "nano" and self.data is None:
+            raise GossamerError(
+                f"held-out text of {self.model} is not known; name a file of it with data"
+            )
+
+    @property
+    def name(self) -> str:
+        """The model in short: the last part of its path or id."""
+        return Path(self.model).name
+
+
+_PACKAGED = Place()
+_place = [_PACKAGED]
+
+
+@contextmanager
+def on(place: Place) -> Iterator[None]:
+    """While open, :func:`nano`, :func:`heldout` and :func:`calibration` are this place's."""
+    _place.append(place)
+    try:
+        yield
+    finally:
+        _place.pop()
+
+
+def here() -> Place:
+    """Where claims run at the moment."""
+    return _place[-1]
+
+
 def nano() -> Loaded:
-    """The packaged model, loaded once; every claim must leave it as it was."""
-    return load_model("nano")
+    """The packaged model (or the place's), loaded once; every claim must leave it as it was."""
+    return _load(here())
+
+
+def heldout(windows: int | None = None, length: int | None = None) -> Tokens:
+    """The first windows of the held-out text, (windows, length)."""
+    place = here()
+    return _heldout(place, length or place.length).slice(windows or place.windows)
+
+
+def calibration(seed: int, samples: int = 16, length: int | None = None) -> Tokens:
+    """Windows of the calibration text, drawn by the seed; the place's number if it names one."""
+    place = here()
+    return _calibration(place, seed, place.samples or samples, length or place.length)
 
 
 @cache
-def heldout(windows: int = 8, length: int = 256) -> Tokens:
-    """The first windows of the packaged held-out text, (windows, length)."""
-    documents = read_documents(None, "heldout")
-    tokens = Tokens.from_documents(documents, nano().tokenizer, length=length)
-    return tokens.slice(windows)
+def _load(place: Place) -> Loaded:
+    return load_model(place.model, dtype="float32", device=place.device)
 
 
 @cache
-def calibration(seed: int, samples: int = 16, length: int = 256) -> Tokens:
-    """Windows of the packaged calibration text, drawn by the seed."""
-    documents = read_documents(None, "calibration")
+def _texts(place: Place) -> tuple[list[str], list[str]]:
+    """Calibration and held-out documents, with nothing in common."""
+    if place.data is None or place.calibration is not None:
+        calibrated = read_documents(place.calibration, "calibration")
+        return calibrated, read_documents(place.data, "heldout")
+    return halves(read_documents(place.data))
+
+
+@cache
+def _heldout(place: Place, length: int) -> Tokens:
+    return Tokens.from_documents(_texts(place)[1], _load(place).tokenizer, length=length)
+
+
+@cache
+def _calibration(place: Place, seed: int, samples: int, length: int) -> Tokens:
+    tokenizer = _load(place).tokenizer
     return Tokens.from_documents(
-        documents, nano().tokenizer, length=length, samples=samples, seed=seed
+        _texts(place)[0], tokenizer, length=length, samples=samples, seed=seed
     )
 
 

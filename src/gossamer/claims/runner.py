@@ -1,13 +1,15 @@
 """Run claims, give verdicts, keep the ledger of records.
 
-A record is one JSON file per method and tier under ``claims/`` of the results folder, written
-by ``gossamer claim`` and never edited. A claim that fails stays in the ledger as failed.
+A record file holds one method's claims of one tier (and of one model, when it is not the
+packaged one) under ``claims/`` of the results folder, written by ``gossamer claim`` and never
+edited. A claim that fails stays in the ledger as failed.
 """
 
 import json
 import os
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from datetime import UTC, datetime
 from importlib import import_module
 from importlib.util import find_spec
@@ -16,6 +18,7 @@ from typing import Any
 
 from gossamer import methods
 from gossamer.claims.base import Claim, Tier, Verdict, mean
+from gossamer.claims.lm import Place, nano, on
 from gossamer.core import GossamerError, unknown
 from gossamer.evaluate.environment import environment
 from gossamer.models.store import write_json
@@ -51,8 +54,7 @@ def ledger(folder: Path | None = None) -> list[dict[str, Any]]:
     records: list[dict[str, Any]] = []
     for key in methods.keys():
         for tier in TIERS:
-            path = folder / "claims" / f"{key}.{tier}.json"
-            if path.is_file():
+            for path in sorted((folder / "claims").glob(f"{key}.{tier}*.json")):
                 records += json.loads(path.read_text(encoding="utf-8"))
     return records
 
@@ -64,7 +66,11 @@ def verdict_of(key: str, records: list[dict[str, Any]]) -> str | None:
 
 
 def run(
-    key: str, tier: Tier = "smoke", out: Path | None = None, command: str | None = None
+    key: str,
+    tier: Tier = "smoke",
+    out: Path | None = None,
+    command: str | None = None,
+    place: Place | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Run a method's claims of one tier, yielding each record as it is made.
 
@@ -72,6 +78,7 @@ def run(
     ----------
     out : results folder to write to, or None to write nothing. The file appears when all claims
         of the method have run.
+    place : another model than the packaged one; only portable claims run there.
 
     Raises
     ------
@@ -82,21 +89,23 @@ def run(
         raise unknown("tier", tier, TIERS)
     records = []
     for claim in claims_of(key):
-        if claim.tier != tier:
+        if claim.tier != tier or (place is not None and not claim.portable):
             continue
-        record = _record(key, claim, command or f"gossamer claim {key} --tier {tier}")
+        with on(place) if place is not None else nullcontext():
+            record = _record(key, claim, command or f"gossamer claim {key} --tier {tier}", place)
         records.append(record)
         yield record
     if out is not None and records:
         folder = out / "claims"
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            write_json(folder / f"{key}.{tier}.json", records)
+            name = tier if place is None else f"{tier}.{place.name}"
+            write_json(folder / f"{key}.{name}.json", records)
         except OSError as error:
             raise GossamerError(f"cannot write to {folder}: {error.strerror}") from None
 
 
-def _record(key: str, claim: Claim, command: str) -> dict[str, Any]:
+def _record(key: str, claim: Claim, command: str, place: Place | None) -> dict[str, Any]:
     start = time.perf_counter()
     figures = [dict(claim.run(seed)) for seed in claim.seeds]
     means = {name: mean(figures, name) for name in figures[0]}
@@ -107,12 +116,23 @@ def _record(key: str, claim: Claim, command: str) -> dict[str, Any]:
         "verdict": str(claim.check(figures)),
         "sentence": claim.sentence,
         "paper": claim.paper,
-        "experiment": claim.experiment,
+        "experiment": claim.experiment.format(model=_described(place))
+        if claim.portable
+        else claim.experiment,
         "ours": claim.ours.format(**means),
         "figures": [{k: float(v) for k, v in f.items()} for f in figures],
         "seeds": list(claim.seeds),
         "seconds": round(time.perf_counter() - start, 2),
         "date": datetime.now(UTC).date().isoformat(),
         "command": command,
-        **environment(),
+        **environment("cpu" if place is None else place.device),
     }
+
+
+def _described(place: Place | None) -> str:
+    """The model of a portable claim, in words."""
+    if place is None:
+        return "packaged model"
+    with on(place):
+        size = sum(p.numel() for p in nano().model.parameters())
+    return f"{place.name} ({size / 1e6:.1f} M parameters), windows of {place.length} tokens"

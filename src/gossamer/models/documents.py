@@ -7,7 +7,7 @@ from typing import Literal
 
 from gossamer.core import GossamerError
 
-__all__ = ["read_documents"]
+__all__ = ["halves", "read_documents"]
 
 
 def read_documents(
@@ -49,6 +49,19 @@ def read_documents(
     if not documents:
         raise GossamerError(f"{path} holds no text; give a file with text in it")
     return documents
+
+
+def halves(documents: list[str]) -> tuple[list[str], list[str]]:
+    """Cut documents into two lists of equal text, inside a document where need be."""
+    middle = sum(map(len, documents)) // 2
+    first: list[str] = []
+    for index, text in enumerate(documents):
+        if len(text) >= middle:
+            parts = ([text[:middle]] if middle else []), ([text[middle:]] if text[middle:] else [])
+            return first + parts[0], parts[1] + documents[index + 1 :]
+        first.append(text)
+        middle -= len(text)
+    return first, []
 
 
 def _read_text(path: Path) -> str:

@@ -18,6 +18,7 @@ from gossamer.models import (
     context_length,
     find_sites,
     find_tokenizer,
+    halves,
     read_documents,
 )
 from gossamer.recipes.cells import Cell
@@ -192,19 +193,6 @@ class Bench:
             "note": None if report is None else "; ".join(report.notes + report.warnings) or None,
             "warnings": [] if report is None else list(report.warnings),
         }
-
-
-def halves(documents: list[str]) -> tuple[list[str], list[str]]:
-    """Cut documents into two lists of equal text, inside a document where need be."""
-    middle = sum(map(len, documents)) // 2
-    first: list[str] = []
-    for index, text in enumerate(documents):
-        if len(text) >= middle:
-            parts = ([text[:middle]] if middle else []), ([text[middle:]] if text[middle:] else [])
-            return first + parts[0], parts[1] + documents[index + 1 :]
-        first.append(text)
-        middle -= len(text)
-    return first, []
 
 
 def _finite(value: float | None) -> float | None:

@@ -159,7 +159,7 @@ CLAIMS = (
         sentence="At 50 to 70 % the refined masks of Wanda and magnitude lose less than the masks "
         "they began from; as many random swaps lose more.",
         paper="LLaMA-7B at 70 %: perplexity 26.79 below Wanda's",
-        experiment="packaged model, loss over dense at 50, 60 and 70 % per row, 3 calibration "
+        experiment="{model}, loss over dense at 50, 60 and 70 % per row, 3 calibration "
         "draws, random swaps of the same number in every row beside it",
         run=_quality,
         check=_quality_check,
@@ -169,5 +169,6 @@ CLAIMS = (
         "{swaps_60:+.3f}, {magnitude_60:+.3f}, {dsnot_magnitude_60:+.3f}; at 70 % {wanda_70:+.3f}, "
         "{dsnot_wanda_70:+.3f}, {swaps_70:+.3f}, {magnitude_70:+.3f}, {dsnot_magnitude_70:+.3f}",
         tier="small",
+        portable=True,
     ),
 )

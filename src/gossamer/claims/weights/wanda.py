@@ -119,8 +119,9 @@ CLAIMS = (
         name="beats magnitude",
         sentence="At equal sparsity Wanda loses less than magnitude pruning, without any update.",
         paper="LLaMA-2-7B at 50 %: perplexity 6.42 against 14.89 (dense 5.12)",
-        experiment="packaged model, loss over dense at 30 % and 50 % per row, 3 calibration draws, "
+        experiment="{model}, loss over dense at 30 % and 50 % per row, 3 calibration draws, "
         "random beside it",
+        portable=True,
         run=_quality,
         check=_quality_check,
         ours="loss over dense {dense:.2f}: at 30 % Wanda {wanda_30:+.3f}, magnitude "
