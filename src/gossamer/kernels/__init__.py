@@ -5,10 +5,24 @@ nothing: C++ is built on the first call.
 """
 
 from gossamer.kernels.nm_select.op import nm_mask, register
+from gossamer.kernels.sparse_conv import PackedConv, SparseConv1x1, pack_conv, sparse_conv
+from gossamer.kernels.sparse_conv.op import register as register_sparse_conv
 from gossamer.kernels.sparse_linear import Packed, SparseLinear, pack, sparse_linear
 from gossamer.kernels.sparse_linear.op import register as register_sparse_linear
 
-__all__ = ["Packed", "SparseLinear", "nm_mask", "pack", "register", "sparse_linear"]
+__all__ = [
+    "Packed",
+    "PackedConv",
+    "SparseConv1x1",
+    "SparseLinear",
+    "nm_mask",
+    "pack",
+    "pack_conv",
+    "register",
+    "sparse_conv",
+    "sparse_linear",
+]
 
 register()
+register_sparse_conv()
 register_sparse_linear()
