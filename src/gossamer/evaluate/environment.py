@@ -17,8 +17,12 @@ _PACKAGES = ("gossamer", "torch", "transformers", "numpy", "scipy", "triton")
 
 @cache
 def commit() -> str:
-    """Commit of the source checkout, with ``+changes`` where files differ; else ``released``."""
+    """Commit of the source checkout, with ``+changes`` where files differ.
+
+    Outside a checkout, what $GOSSAMER_COMMIT says (for copies of one), or ``released``.
+    """
     here = Path(__file__).parent
+    otherwise = os.environ.get("GOSSAMER_COMMIT", "released")
 
     def git(*words: str) -> str:
         done = subprocess.run(
@@ -29,11 +33,11 @@ def commit() -> str:
     try:
         # A copy installed inside some other project's checkout is not that project's commit.
         if not git("ls-files", "environment.py"):
-            return "released"
+            return otherwise
         changed = git("status", "--porcelain", "--untracked-files=no", "--", str(here.parent))
         return git("rev-parse", "--short=12", "HEAD") + ("+changes" if changed else "")
     except (OSError, subprocess.SubprocessError):
-        return "released"
+        return otherwise
 
 
 def device_name(device: str | torch.device = "cpu") -> str:
