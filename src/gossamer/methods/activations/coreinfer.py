@@ -56,7 +56,8 @@ class CoreInfer(Method):
     drift : None, or 0 < drift <= 1: choose anew when a probed token names less than this share
         of what the prompt's tokens named inside the core.
     probe : decoded tokens from one (dense) probe to the next, with ``drift``.
-    window : tokens decoded densely while a new core is chosen, the probe included.
+    window : tokens decoded densely while a new core is chosen, the probe included; at most
+        ``probe``.
     prompt : real tokens at the start of a text scored in one pass that count as its prompt.
     cluster_seed : of the clusters' starting points.
 
@@ -121,6 +122,11 @@ class CoreInfer(Method):
             )
         for name, least in (("probe", 1), ("window", 1), ("prompt", 1)):
             check_count(name, getattr(self, name), least)
+        if self.window > self.probe:
+            raise GossamerError(
+                f"window is {self.window}, longer than the {self.probe} tokens between probes; "
+                "raise probe or lower window"
+            )
         if self.clusters is not None:
             check_count("clusters", self.clusters, 1)
         check_count("cluster_seed", self.cluster_seed, 0)

@@ -47,7 +47,7 @@ class Drift:
     ----------
     threshold : a probed token must name at least this share of what the prompt's tokens named
         inside the core. probe : decoded tokens from one probe to the next.
-    window : tokens listened to for the new choice.
+    window : tokens listened to for the new choice, the probe included; at most ``probe``.
     """
 
     threshold: float
@@ -132,7 +132,8 @@ class Memory:
             inside.append(contains(self.tallies[name].votes.flatten(1), core.flatten(1)))
         share = torch.stack(inside).mean(0)
         self.fixed = share if rows is None else torch.where(rows, share, self.fixed)
-        self.stale, self.step = False, 0
+        if rows is None:
+            self.stale, self.step = False, 0
         self.selections += 1
 
     # -- decoding ------------------------------------------------------------------------------
@@ -144,13 +145,12 @@ class Memory:
         drift = self.plan.drift
         if drift is None:
             return "decode"
-        if bool(self.listening.any()):
-            return "listen"
         self.step += 1
-        if self.step % drift.probe:
-            return "decode"
-        self.reset()
-        return "probe"
+        # Counted from the prompt for all rows alike, so that none depends on its neighbours.
+        if self.step % drift.probe == 0:
+            self.reset()
+            return "probe"
+        return "listen" if bool(self.listening.any()) else "decode"
 
     def after(self, mode: Mode, model: nn.Module) -> None:
         """Called after a decoded token: look at a probe, or end a time of listening."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from gossamer.core import topk_mask
+from gossamer.core.rank import check_scores
 
 __all__ = [
     "Ranking",
@@ -53,6 +54,7 @@ def token_core(activation: Tensor, ranking: Ranking, alpha: float, norm: Tensor)
         return activation > 0
     count = top_count(activation, alpha)
     score = activation.float()
+    check_scores(score, "the feed-forward activation")
     if ranking == "positive":
         return topk_mask(score, count) & (score > 0)
     score = score.abs() if ranking == "magnitude" else score.abs() * norm

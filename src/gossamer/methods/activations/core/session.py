@@ -167,13 +167,15 @@ class Session:
     @torch.no_grad()
     def _look_ahead(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         """A late layer tells the cluster that early layers need: read the prompt first."""
+        limited, self.limited = self.limited, None
         self._inner, self.mode = True, "prompt"
         try:
             module(*args, **{**kwargs, "use_cache": False})
         finally:
             self._inner = False
-        self.mode = "scored"
-        self.voting = torch.zeros_like(self.voting) if self.voting is not None else None
+        assert self.voting is not None
+        # The prompt has voted; read again, it must not vote twice.
+        self.mode, self.limited, self.voting = "scored", limited, torch.zeros_like(self.voting)
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         if self._inner:
