@@ -1,0 +1,1 @@
+"""Training under fixed masks, and averaging what several such trainings gave."""
