@@ -36,6 +36,8 @@ class Clusters:
 
     def label(self, core: Tensor) -> Tensor:
         """Nearest centroid of each row's core, (B, E, F) to int64 (B,)."""
+        if len(self.centroids) == 1:
+            return torch.zeros(len(core), dtype=torch.int64, device=core.device)
         return torch.cdist(core.flatten(1).float(), self.centroids.to(core.device)).argmin(1)
 
 

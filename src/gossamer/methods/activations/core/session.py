@@ -161,7 +161,8 @@ class Session:
         early = (place < self.prompt).expand(rows, length)
         self.voting, self.limited = (real & early).flatten(), (real & ~early).flatten()
         self.mode = "scored"
-        if self.plan.clusters is not None and bool(self.limited.any()):
+        clusters = self.plan.clusters
+        if clusters is not None and len(clusters.centroids) > 1 and bool(self.limited.any()):
             self._look_ahead(module, args, kwargs)
 
     @torch.no_grad()
