@@ -19,10 +19,11 @@ _PACKAGES = ("gossamer", "torch", "transformers", "numpy", "scipy", "triton")
 def commit() -> str:
     """Commit of the source checkout, with ``+changes`` where files differ.
 
-    Outside a checkout, what $GOSSAMER_COMMIT says (for copies of one), or ``released``.
+    $GOSSAMER_COMMIT, where set, says it for a copy; outside any checkout it is ``released``.
     """
+    if told := os.environ.get("GOSSAMER_COMMIT"):
+        return told
     here = Path(__file__).parent
-    otherwise = os.environ.get("GOSSAMER_COMMIT", "released")
 
     def git(*words: str) -> str:
         done = subprocess.run(
@@ -33,11 +34,11 @@ def commit() -> str:
     try:
         # A copy installed inside some other project's checkout is not that project's commit.
         if not git("ls-files", "environment.py"):
-            return otherwise
+            return "released"
         changed = git("status", "--porcelain", "--untracked-files=no", "--", str(here.parent))
         return git("rev-parse", "--short=12", "HEAD") + ("+changes" if changed else "")
     except (OSError, subprocess.SubprocessError):
-        return otherwise
+        return "released"
 
 
 def device_name(device: str | torch.device = "cpu") -> str:
