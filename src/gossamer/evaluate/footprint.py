@@ -6,7 +6,7 @@ user feels. One can be 50 % while the other three are unchanged.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from gossamer.core import GossamerError, Site
 from gossamer.evaluate.forward import device_of, evaluating
 from gossamer.models import SiteMap, find_sites
 from gossamer.models.applied import Applied, Report
+from gossamer.models.store import plain_tensors
 
 __all__ = ["Footprint", "bitmask_bytes", "footprint"]
 
@@ -34,7 +35,8 @@ class Footprint:
         not weights).
     unit : what the two shares count.
     bytes_stored : tensors of the saved folder: weights with their zeros, buffers, masks at one
-        bit a weight, thresholds. File headers (kilobytes) are not counted.
+        bit a weight, thresholds, parameters of modules in a matrix's place beside the matrix that
+        plain transformers reads. File headers (kilobytes) are not counted.
     bytes_moved : read per decoded token as the model runs now: all of it while simulated.
     bytes_moved_limit : what a kernel that skips everything removed must still read.
     bytes_cache : the part of ``bytes_moved`` that is keys and values.
@@ -112,7 +114,7 @@ def footprint(
         raise GossamerError(f"context is {context!r}; give a whole number of tokens, at least 0")
     at_work = [applied] if isinstance(applied, Applied) else list(applied or ())
     reports = [work.report() for work in at_work]
-    sites = sites or find_sites(model)
+    sites = _present(sites or find_sites(model), model)
     active = _active_share(model, sites)
     parameters = sum(p.numel() for p in model.parameters())
     zeros = {site.name: _zeros(site, model) for site in sites.sites}
@@ -150,6 +152,16 @@ def footprint(
         context=context,
         simulated=simulated,
     )
+
+
+def _present(sites: SiteMap, model: nn.Module) -> SiteMap:
+    """The sites that are still matrices: a method may have put other modules in their place."""
+
+    def there(site: Site) -> bool:
+        stack = getattr(site.owner(model), site.parameter, None)
+        return isinstance(stack, Tensor) and tuple(site.weight(model).shape) == site.shape
+
+    return replace(sites, sites=tuple(site for site in sites.sites if there(site)))
 
 
 def _active_share(model: nn.Module, sites: SiteMap) -> float:
@@ -210,7 +222,8 @@ def _stated_saving(
 def _stored(model: nn.Module) -> int:
     """Bytes of the tensors a saved model holds; tied tensors are written once."""
     unique: dict[tuple[Any, ...], int] = {}
-    for tensor in model.state_dict().values():
+    plain = plain_tensors(model)
+    for tensor in (model.state_dict() if plain is None else plain).values():
         if isinstance(tensor, Tensor):
             key = (tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride())
             unique[key] = tensor.nbytes

@@ -174,6 +174,18 @@ class Applied(ABC):
         """
         return 0
 
+    def plain(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The model's tensors as its own architecture names and shapes them, for saving.
+
+        For methods that put other modules in place of the model's own; for all others the
+        mapping itself is returned.
+
+        Parameters
+        ----------
+        tensors : state dict of the model, as the methods applied later have left it.
+        """
+        return tensors
+
     def save(self, folder: str | Path, tokenizer: Any = None) -> Path:
         """Write the model with all methods at work on it: see :func:`gossamer.models.store.save`.
 

@@ -123,7 +123,7 @@ def find_sites(model: nn.Module) -> SiteMap:
     for index, (path, block) in enumerate(zip(paths, blocks, strict=True)):
         found = _block_sites(index, path, block)
         sites += found
-        attentions.append(_attention(found))
+        attentions.append(_attention(path, block))
     return SiteMap(paths, tuple(sites), tuple(attentions), _base(model, stem), _head(model))
 
 
@@ -145,6 +145,11 @@ def _role(path: str) -> str | None:
 
 def _is_matrix(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear | Conv1D)
+
+
+def _is_map(module: nn.Module) -> bool:
+    """A matrix, or a module that took a matrix's place and is no site itself."""
+    return _is_matrix(module) or hasattr(module, "in_features")
 
 
 def _is_stack(module: nn.Module) -> bool:
@@ -179,8 +184,14 @@ def _blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 
 def _has_attention(block: nn.Module) -> bool:
-    names = [name for name, module in block.named_modules() if _is_matrix(module)]
-    return {"attention.q", "attention.qkv"} & {_role(name) for name in names} != set()
+    return next(_queries(block), None) is not None
+
+
+def _queries(block: nn.Module) -> Iterator[str]:
+    """Paths in a block of what projects to queries."""
+    for name, module in block.named_modules():
+        if _is_map(module) and _role(name) in ("attention.q", "attention.qkv"):
+            yield name
 
 
 def _summary(model: nn.Module) -> str:
@@ -263,10 +274,9 @@ def _couple(sites: list[tuple[str, Site]]) -> list[Site]:
     return sorted(coupled, key=lambda site: ROLES.index(site.role))
 
 
-def _attention(sites: list[Site]) -> str:
+def _attention(path: str, block: nn.Module) -> str:
     """Path of the module that projects to queries: it is the one that calls attention."""
-    query = next(s for s in sites if s.role in ("attention.q", "attention.qkv"))
-    return query.module.rpartition(".")[0]
+    return f"{path}.{next(_queries(block))}".rpartition(".")[0]
 
 
 def _base(model: nn.Module, stem: str) -> str:

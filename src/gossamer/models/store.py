@@ -3,7 +3,8 @@
 ``model.save_pretrained`` writes the weights with their zeros, so every tool that reads the
 dense model reads this one. Beside it: ``gossamer.json`` (the methods, in order, and what they
 need to be attached again) and ``gossamer.safetensors`` (masks at one bit a weight, thresholds,
-dictionaries). The folder appears whole or not at all.
+dictionaries). Of modules that took a matrix's place, the weights hold the matrix they amount to,
+and ``gossamer.safetensors`` their own parameters. The folder appears whole or not at all.
 """
 
 import json
@@ -23,7 +24,16 @@ from gossamer.core import GossamerError
 from gossamer.models.applied import at_work
 from gossamer.models.quiet import quiet
 
-__all__ = ["MANIFEST", "Stage", "atomic_folder", "read_stages", "require_new", "save", "write_json"]
+__all__ = [
+    "MANIFEST",
+    "Stage",
+    "atomic_folder",
+    "plain_tensors",
+    "read_stages",
+    "require_new",
+    "save",
+    "write_json",
+]
 
 MANIFEST = "gossamer.json"
 TENSORS = "gossamer.safetensors"
@@ -119,6 +129,14 @@ class atomic_folder:  # noqa: N801 - reads as a statement: ``with atomic_folder(
             ) from None
 
 
+def plain_tensors(model: nn.Module) -> dict[str, Tensor] | None:
+    """What a saved folder holds as the model's weights; None where that is its state dict."""
+    own = tensors = model.state_dict()
+    for work in reversed(at_work(model)):
+        tensors = work.plain(tensors)
+    return None if tensors is own else tensors
+
+
 def save(model: nn.Module, folder: str | Path, tokenizer: Any = None) -> Path:
     """Write a model with the methods at work on it, in the order they were applied.
 
@@ -140,7 +158,10 @@ def save(model: nn.Module, folder: str | Path, tokenizer: Any = None) -> Path:
             tensors[f"{index}.{name}"] = tensor.detach().cpu().contiguous()
     with atomic_folder(folder) as part:
         with quiet():
-            model.save_pretrained(part)  # type: ignore[operator]
+            # Named only where it differs: transformers' own way to collect tensors stays in use.
+            plain = plain_tensors(model)
+            options = {} if plain is None else {"state_dict": plain}
+            model.save_pretrained(part, **options)  # type: ignore[operator]
             if tokenizer is not None:
                 tokenizer.save_pretrained(part)
         if tensors:
