@@ -185,7 +185,8 @@ CLAIMS = (
         check=_digits_check,
         ours="accuracy dense {dense:.3f}, soup {soup:.3f}, members {members:.3f} (best "
         "{best:.3f}), one copy 4 x longer {longer:.3f}, random masks {random:.3f}; weights "
-        "outside the mask {outside:.0f}; networks pruned apart average to {denser:.2f} x the density",
+        "outside the mask {outside:.0f}; networks pruned apart would average to {denser:.2f} x "
+        "the density",
     ),
     Claim(
         name="beats its members on text",
