@@ -6,7 +6,7 @@ need not be read. Shapes: I = hidden units, T = real tokens.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from inspect import signature
 from typing import Any
@@ -19,6 +19,7 @@ from gossamer.methods.activations.calibration import active_experts
 from gossamer.methods.activations.experts import hook_down
 from gossamer.methods.activations.gates import Tap, input_taps
 from gossamer.methods.activations.positions import Positions
+from gossamer.methods.activations.training.fatrelu import FATReLU
 from gossamer.models import Inputs, SiteMap, Tokens, find_sites
 from gossamer.models.capture import evaluating
 
@@ -80,7 +81,7 @@ def activation_functions(model: nn.Module, sites: SiteMap) -> dict[str, nn.Modul
         here = {
             path: module
             for name, module in model.get_submodule(block).named_modules()
-            if type(module).__module__ in _HOMES
+            if (type(module).__module__ in _HOMES or isinstance(module, FATReLU))
             and not (path := f"{block}.{name}").startswith(attention)
         }
         if not here:
@@ -183,7 +184,8 @@ def watching(
 class HiddenPenalty:
     """A term over hidden activations that any training loop can add to its loss.
 
-    Open it around the loop; call it after each forward pass::
+    Open it around the loop; call it after a forward pass, whose hidden units it holds until the
+    next one::
 
         with HiddenPenalty(model, term) as penalty:
             loss = model(**batch).loss + weight * penalty()
@@ -205,21 +207,27 @@ class HiddenPenalty:
         self._sums[tap.name] = self._sums.get(tap.name, zero) + value.sum()
         self._rows[tap.name] = self._rows.get(tap.name, 0) + value.numel()
 
+    def _begin(self, module: nn.Module, args: Any) -> None:
+        self._sums, self._rows = {}, {}
+
     def __call__(self) -> Tensor:
-        """Mean over layers of the mean over real tokens since the last call; then forgotten."""
+        """Mean over layers of the mean over real tokens of the last forward pass."""
         assert self._sums, "call the penalty after a forward pass inside its context"
         means = [self._sums[name] / max(1, self._rows[name]) for name in self._sums]
-        self._sums, self._rows = {}, {}
         return torch.stack(means).mean()
 
     def __enter__(self) -> "HiddenPenalty":
-        self._context = watching(self._model, self._see)
-        self._context.__enter__()
+        sites = find_sites(self._model)
+        with ExitStack() as stack:
+            base = self._model.get_submodule(sites.base)
+            stack.callback(base.register_forward_pre_hook(self._begin).remove)
+            stack.enter_context(watching(self._model, self._see, sites))
+            self._open = stack.pop_all()
         return self
 
     def __exit__(self, *exc: object) -> None:
         self._sums, self._rows = {}, {}
-        self._context.__exit__(None, None, None)
+        self._open.close()
 
 
 @torch.no_grad()
