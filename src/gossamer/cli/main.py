@@ -41,6 +41,14 @@ app.command(
     help="Measure a model: perplexity, size, speed.",
 )
 app.command(
+    "gossamer.cli.knee:knee",
+    help="Find how sparse a model may become before its loss turns up.",
+)
+app.command(
+    "gossamer.cli.soup:soup",
+    help="Average copies of a model that were retrained under one mask.",
+)
+app.command(
     "gossamer.cli.claim:claim",
     help="Run the papers' claims, scaled down.",
 )
