@@ -36,7 +36,7 @@ type: setup ## Types
 	$(BIN)/pyright
 
 docs: setup ## Regenerate the tables of the documentation
-	$(BIN)/python -m gossamer.cli.tables docs/methods.md
+	$(BIN)/python -m gossamer.cli.tables docs
 
 report: setup ## Build report/index.html from the last demo's records
 	$(BIN)/gossamer report report

@@ -259,6 +259,18 @@ def test_quantised_weights_are_refused() -> None:
         find_sites(model)
 
 
+def test_packed_layers_are_refused_by_name() -> None:
+    class Packed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("qweight", torch.zeros(4, 64, dtype=torch.int32))
+
+    model = tiny_model("llama")
+    model.model.layers[1].mlp.up_proj = Packed()
+    with pytest.raises(GossamerError, match=r"layers\.1\.mlp\.up_proj is a Packed"):
+        find_sites(model)
+
+
 def test_weights_out_of_memory_are_refused() -> None:
     with pytest.raises(GossamerError, match="not in memory"):
         find_sites(tiny_model("llama").to("meta"))

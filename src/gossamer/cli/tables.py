@@ -1,4 +1,4 @@
-"""The documentation's table of methods: ``python -m gossamer.cli.tables FILE``."""
+"""The documentation's tables of methods and claims: ``python -m gossamer.cli.tables FOLDER``."""
 
 import sys
 from pathlib import Path
@@ -7,7 +7,7 @@ from gossamer import methods
 from gossamer.claims.runner import ledger, verdict_of
 from gossamer.core import FAMILIES
 
-__all__ = ["methods_page"]
+__all__ = ["claims_page", "methods_page"]
 
 _HEAD = """# Methods
 
@@ -46,5 +46,33 @@ def methods_page() -> str:
     return "\n".join(parts)
 
 
+_CLAIMS = """# Claims
+
+Generated from the records in `results/claims/` by `make docs`; do not edit. Each is a sentence of a
+paper, scaled down to something a small machine can measure, with a verdict decided by a rule in
+`src/gossamer/claims/`: *holds*, *weaker* (the direction holds, the margin does not), *fails*. A
+claim that does not hold stays here. Repeat one by its command.
+"""
+
+
+def claims_page() -> str:
+    """The page as Markdown: every record, the paper's figure beside ours."""
+    parts = [_CLAIMS]
+    for record in ledger():
+        where = f"{record['device']}, seeds {', '.join(map(str, record['seeds']))}"
+        parts += [
+            f"## `{record['method']}`: {record['claim']} ({record['verdict']})\n",
+            f"{record['sentence']}\n",
+            f"- paper: {record['paper']}",
+            f"- here: {record['ours']}",
+            f"- measured: {record['experiment']}; {where}, {record['seconds']} s, "
+            f"{record['date']}, commit {record['commit']}",
+            f"- command: `{record['command']}`\n",
+        ]
+    return "\n".join(parts)
+
+
 if __name__ == "__main__":
-    Path(sys.argv[1]).write_text(methods_page(), encoding="utf-8")
+    folder = Path(sys.argv[1])
+    for name, page in (("methods", methods_page), ("claims", claims_page)):
+        (folder / f"{name}.md").write_text(page(), encoding="utf-8")

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -152,6 +153,12 @@ def _is_map(module: nn.Module) -> bool:
     return _is_matrix(module) or hasattr(module, "in_features")
 
 
+def _is_packed(module: nn.Module) -> bool:
+    """Whether a module's own tensors are integers, as those of quantised layers are."""
+    own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+    return any(t.dim() == 2 and not t.is_floating_point() and t.dtype != torch.bool for t in own)
+
+
 def _is_stack(module: nn.Module) -> bool:
     down = getattr(module, "down_proj", None)
     return isinstance(down, Tensor) and down.dim() == 3
@@ -218,6 +225,11 @@ def _block_sites(index: int, path: str, block: nn.Module) -> list[Site]:
         weight = getattr(module, "weight", None)
         # Routers of transformers 5 are no Linear but hold a matrix like one.
         router = role == "experts.router" and isinstance(weight, Tensor) and weight.dim() == 2
+        if role is not None and weight is None and _is_packed(module):
+            raise GossamerError(
+                f"{full} is a {type(module).__name__} that holds whole numbers for a weight, so it "
+                "cannot be pruned or measured; load the model in bfloat16 or float32"
+            )
         if not isinstance(weight, Tensor) or not (router or _is_matrix(module)):
             continue
         if role is None:

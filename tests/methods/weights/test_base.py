@@ -12,6 +12,7 @@ from gossamer.methods.weights.magnitude import Magnitude
 from gossamer.methods.weights.random import Random
 from gossamer.methods.weights.wanda import Wanda
 from gossamer.models import Tokens, at_work, find_sites, stream
+from tests.models.subjects import random_tokens
 from tests.models.tiny import tiny_model
 
 
@@ -160,9 +161,45 @@ def test_nan_weights_are_named_and_nothing_changes(model):
         model.model.layers[1].mlp.up_proj.weight[3, 5] = float("nan")
     with pytest.raises(GossamerError, match=r"layers\.1\.mlp\.up_proj.*NaN"):
         Magnitude(sparsity=0.5, pattern="row").apply(model)
+    with pytest.raises(GossamerError, match=r"layers\.1\.mlp\.up_proj: 1 of 2048 weights"):
+        Wanda(sparsity=0.5).apply(model, random_tokens())
     for site in find_sites(model).sites:
         if "layers.1.mlp.up_proj" not in site.name:
             assert torch.equal(site.weight(model), before[site.name])
+
+
+def test_skipped_layers_stay_dense_and_out_of_the_budget(model):
+    before = weights(model)
+    applied = Magnitude(sparsity=0.5, skip="attention, *.layers.1.mlp.down_proj").apply(model)
+    names = [row.name for row in applied.report().rows]
+    assert len(names) == 5
+    assert applied.report().sparsity == 0.5
+    for name, weight in weights(model).items():
+        assert torch.equal(weight, before[name]) == (name not in names)
+
+
+def test_a_skipped_block_has_no_share_of_an_allocation(model):
+    method = Wanda(sparsity=0.5, allocation="owl", skip="*.layers.1.*")
+    report = method.apply(model, random_tokens()).report()
+    assert {row.block for row in report.rows} == {0}
+    assert report.sparsity == pytest.approx(0.5, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("skip", "match"),
+    [("mlp.dwn", "did you mean mlp.down"), ("attention,mlp", "leaves no layer")],
+)
+def test_skips_that_match_nothing_or_all_are_refused(model, skip, match):
+    with pytest.raises(GossamerError, match=match):
+        Magnitude(skip=skip).apply(model)
+
+
+def test_layers_sparser_than_asked_for_are_told(model):
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[:, 4:] = 0
+    report = Magnitude(sparsity=0.5).apply(model).report()
+    assert "1 of 14 layers are sparser than asked for" in report.notes[0]
+    assert "layers.0.mlp.up_proj (87.5%)" in report.notes[0]
 
 
 def test_unknown_allocations_and_conflicts_are_refused():

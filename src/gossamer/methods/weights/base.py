@@ -9,6 +9,7 @@ Shapes: O = out features, I = in features of a layer.
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from typing import Any, Literal, get_args
 from zlib import crc32
 
@@ -26,6 +27,7 @@ from gossamer.core import (
     Stat,
     Unstructured,
     kept_count,
+    unknown,
     unpack_bits,
 )
 from gossamer.core import allocate as split
@@ -40,7 +42,7 @@ from gossamer.models import (
 )
 from gossamer.models import stream as stream_blocks
 
-__all__ = ["LayerView", "OneShot", "Pruned", "PrunedModel", "Scored", "prunable"]
+__all__ = ["LayerView", "OneShot", "Pruned", "PrunedModel", "Scored", "prunable", "skipping"]
 
 Allocation = Literal["uniform", "er", "erk", "lamp", "global", "owl"]
 
@@ -54,6 +56,31 @@ def prunable(model: nn.Module) -> SiteMap:
     return replace(sites, sites=tuple(s for s in sites.sites if s.role != "experts.router"))
 
 
+def skipping(sites: SiteMap, skip: str) -> SiteMap:
+    """The sites without those whose role or name one of the comma-separated words matches.
+
+    Raises
+    ------
+    GossamerError
+        If a word matches no site, or together they match all.
+    """
+    words = [word.strip() for word in skip.split(",") if word.strip()]
+    dropped: set[str] = set()
+    for word in words:
+        found = {
+            site.name
+            for site in sites.sites
+            if word in (site.role, site.role.partition(".")[0]) or fnmatchcase(site.name, word)
+        }
+        if not found:
+            known = [*dict.fromkeys(s.role for s in sites.sites), *(s.name for s in sites.sites)]
+            raise unknown("role or name of a layer to skip", word, known)
+        dropped |= found
+    if words and len(dropped) == len(sites.sites):
+        raise GossamerError(f"skip {skip!r} leaves no layer to prune; name fewer")
+    return replace(sites, sites=tuple(s for s in sites.sites if s.name not in dropped))
+
+
 @dataclass(frozen=True, kw_only=True)
 class OneShot(Method):
     """Base of the methods that prune a trained model in one pass.
@@ -64,11 +91,14 @@ class OneShot(Method):
     pattern : allowed shape, for example ``"row"``, ``"layer"``, ``"model"``, ``"2:4"``.
     allocation : how the sparsity is split over layers: ``uniform``, ``er``, ``erk``, ``lamp``,
         ``global`` (one competition of this method's own scores), ``owl``.
+    skip : matrices left dense, separated by commas: roles (``mlp.down``), halves of roles
+        (``attention``) or names with wildcards (``*.layers.0.*``). The sparsity is of the others.
     """
 
     sparsity: float | None = None
     pattern: Pattern = Unstructured(per="layer")
     allocation: Allocation = "uniform"
+    skip: str = ""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -142,8 +172,8 @@ class OneShot(Method):
             When a layer cannot take the pattern, or the data cannot be used; the model is then
             left as it was.
         """
-        sites = prunable(model)
-        self._refuse_early(sites)
+        sites = skipping(prunable(model), self.skip)
+        self._refuse_early(model, sites)
         work = PrunedModel(self, model, undo=undo)
         tokens = data
         if self._data_needs and not isinstance(data, Inputs):
@@ -216,13 +246,20 @@ class OneShot(Method):
 
     # -- how much where ---------------------------------------------------------------------
 
-    def _refuse_early(self, sites: SiteMap) -> None:
-        """Refuse a pattern that some layer cannot take before anything is changed."""
+    def _refuse_early(self, model: nn.Module, sites: SiteMap) -> None:
+        """Refuse what some layer cannot take, or has no order, before anything is changed."""
         for site in sites.sites:
             try:
                 self.pattern.check_shape(site.shape)
             except GossamerError as error:
                 raise GossamerError(f"{site.name}: {error}") from None
+            weight = site.weight(model)
+            if not bool(weight.isfinite().all()):
+                bad = site.size - int(weight.isfinite().sum())
+                raise GossamerError(
+                    f"{site.name}: {bad} of {site.size} weights are NaN or infinite, which have no "
+                    "rank; repair the checkpoint, or load it in float32 if it overflows"
+                )
 
     def _budgets(
         self,
@@ -309,6 +346,8 @@ class OneShot(Method):
         outliers: dict[str, float] = {}
 
         def measure(block: Any) -> None:
+            if not block.sites:
+                return
             norms = {s.name: block.stats[s.name][Stat.INPUT_L2] for s in block.sites}
             parts = [
                 weight_times_input(s.weight(model), norms[s.name]).flatten() for s in block.sites

@@ -82,6 +82,7 @@ class PrunedModel(Applied):
         self.warnings: list[str] = []
         self.scores: dict[str, Tensor] = {}
         self._removed: dict[str, Tensor] = {}
+        self._sparser: dict[str, float] = {}
         self._join()
 
     def usable(self, site: Site, stats: Mapping[Stat, Any]) -> Mapping[Stat, Any]:
@@ -113,6 +114,9 @@ class PrunedModel(Applied):
         weight.masked_fill_(~mask, 0)
         self.sites[site.name] = site
         self.kept[site.name] = pruned.selection.kept
+        nonzero = int(weight.count_nonzero())
+        if pruned.selection.kept - nonzero > site.size // 1000:
+            self._sparser[site.name] = 1.0 - nonzero / site.size
         self.masks[site.name] = pack_bits(mask)
 
     def selection(self, name: str) -> Selection:
@@ -166,7 +170,18 @@ class PrunedModel(Applied):
             "weights",
             total,
             self.simulated,
+            notes=self._notes(),
             warnings=tuple(self.warnings),
+        )
+
+    def _notes(self) -> tuple[str, ...]:
+        """Zeros beyond those asked for: weights that were zero already stay zero."""
+        if not self._sparser:
+            return ()
+        most = max(self._sparser, key=lambda name: self._sparser[name])
+        return (
+            f"weights that were zero before stay zero: {len(self._sparser)} of {len(self.sites)} "
+            f"layers are sparser than asked for, most {most} ({self._sparser[most]:.1%})",
         )
 
     def weight_bytes_saved(self) -> int:
