@@ -8,6 +8,7 @@ Shapes: B = batch, T = tokens of this pass, W = width of the attention mask.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from inspect import signature
+from math import floor
 from typing import Any
 
 import torch
@@ -56,9 +57,12 @@ class Positions:
     Parameters
     ----------
     dense_prefix : number of real tokens at the start of every row that are not masked.
+    dense_share : share of the row's real tokens so far that stays dense as well, rounded down;
+        what papers that mask only the last part of a text ask for.
     """
 
     dense_prefix: int
+    dense_share: float = 0.0
     past: int = 0
     mask: Tensor | None = None
     position_ids: Tensor | None = None
@@ -136,10 +140,21 @@ class Positions:
             end = min(self.mask.shape[1], self.past + length)
             self._real = (self.mask[:, end - length : end] != 0).to(x.device)
         told = self.mask is not None or self.position_ids is not None
-        if self.dense_prefix == 0 or (not told and self.past >= self.dense_prefix):
+        prefix: int | Tensor = self.dense_prefix
+        if self.dense_share:
+            prefix = self._share(length).clamp_min(self.dense_prefix).to(x.device)[:, None]
+        elif prefix == 0 or (not told and self.past >= prefix):
             return
         at = logical_positions(length, self.past, self.mask, self.position_ids, x.device)
-        self._dense = (at < self.dense_prefix).to(x.device).expand(batch, length)
+        self._dense = (at.to(x.device) < prefix).expand(batch, length)
+
+    def _share(self, length: int) -> Tensor:
+        """(B or 1,) tokens that ``dense_share`` keeps dense in each row."""
+        end = self.past + length
+        total = torch.tensor([end])
+        if self.mask is not None and self.mask.dim() == 2 and self.mask.shape[1] >= length:
+            total = (self.mask[:, :end] != 0).sum(1)
+        return torch.tensor([floor(self.dense_share * int(n)) for n in total])
 
 
 def _like(rows: Tensor | None, x: Tensor) -> Tensor | None:
