@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from gossamer.models import Tokens
 from tests.models.tiny import tiny_model
+from tests.models.vision import images, logits, mobilenet
+from tests.models.vlm import image_prompt, tiny_vlm
 
 __all__ = ["SUBJECTS", "Subject", "random_tokens"]
 
@@ -46,6 +48,11 @@ def _logits(model: nn.Module) -> Tensor:
         return model(input_ids=random_tokens(7).input_ids[:3]).logits
 
 
+def _image_logits(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        return model(**image_prompt()).logits
+
+
 def _unknown_words() -> Tokens:
     tokens = Tokens.from_ids(torch.full((2, 8), 3))
     object.__setattr__(tokens, "input_ids", torch.full((2, 8), 10_000))
@@ -58,5 +65,11 @@ SUBJECTS: dict[str, Subject] = {
         data=random_tokens,
         outputs=_logits,
         broken=_unknown_words,
+    ),
+    "vision model": Subject(build=mobilenet, data=images, outputs=logits),
+    "vision-language model": Subject(
+        build=tiny_vlm,
+        data=lambda: None,
+        outputs=_image_logits,
     ),
 }
