@@ -154,3 +154,31 @@ def test_owl_equal_shares_are_uniform_and_clipping_keeps_the_budget():
 def test_owl_refuses_a_spread_outside_its_range(spread: float):
     with pytest.raises(GossamerError, match="spread"):
         allocate.owl({"a": 0.1}, {"a": 1}, 0.5, spread)
+
+
+@given(
+    shares=st.dictionaries(st.text("abcdef", min_size=1, max_size=3), SPARSITY, min_size=1),
+    of=st.sampled_from([2, 4, 8, 16]),
+    data=st.data(),
+)
+def test_groups_are_whole_and_within_the_budget(shares: dict[str, float], of: int, data):
+    sizes = {name: data.draw(st.integers(1, 50)) * 64 for name in shares}
+    kept = {name: (1 - share) * of for name, share in allocate.grouped(shares, sizes, of).items()}
+    assert list(kept) == list(shares)
+    for name, count in kept.items():
+        assert abs(count - round(count)) < 1e-9
+        assert 1 <= round(count) <= of
+        assert abs(count - (1 - shares[name]) * of) < 1 or count == 1
+    budget = sum((1 - shares[name]) * sizes[name] for name in shares)
+    least = sum(sizes.values()) / of
+    assert sum(kept[n] / of * sizes[n] for n in kept) <= max(budget, budget + least) + 1e-6
+
+
+def test_groups_of_a_worked_allocation():
+    # Wanted 2.6, 1.8 and 1.6 of 4: the two largest remainders fit into the budget of 6.
+    shares = {"a": 0.35, "b": 0.55, "c": 0.6}
+    found = allocate.grouped(shares, dict.fromkeys(shares, 100), 4)
+    assert found == {"a": 0.25, "b": 0.5, "c": 0.75}
+    # A layer too big for what is left keeps its number.
+    found = allocate.grouped(shares, {"a": 400, "b": 4000, "c": 100}, 4)
+    assert found == {"a": 0.25, "b": 0.75, "c": 0.5}

@@ -8,7 +8,7 @@ Shapes are (O, I) for linear layers and (O, I, kernel sides) for convolutions.
 """
 
 from collections.abc import Callable, Mapping
-from math import fsum, prod
+from math import floor, fsum, prod
 
 from torch import Tensor
 
@@ -17,7 +17,7 @@ from gossamer.core.errors import GossamerError
 from gossamer.core.pattern import Unstructured
 from gossamer.core.scores.magnitude import lamp as lamp_score
 
-__all__ = ["er", "erk", "global_", "kept_total", "lamp", "owl", "spread_of", "uniform"]
+__all__ = ["er", "erk", "global_", "grouped", "kept_total", "lamp", "owl", "spread_of", "uniform"]
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -142,6 +142,30 @@ def owl(
         kept = fsum(density * sizes[name] for name, density in densities(shift).items())
         down, up = (shift, up) if kept < budget else (down, shift)
     return {name: 1.0 - density for name, density in densities(up).items()}
+
+
+def grouped(shares: Mapping[str, float], sizes: Mapping[str, int], of: int) -> dict[str, float]:
+    """Round an allocation to whole numbers kept of every ``of`` weights, within its budget.
+
+    Every layer gets its number rounded down, at least 1; what is left of the budget goes to the
+    largest remainders, earlier layers first.
+
+    Parameters
+    ----------
+    shares : name to sparsity. sizes : name to number of weights. of : M of N:M.
+
+    Returns
+    -------
+    name to sparsity, every one a multiple of ``1 / of`` below 1.
+    """
+    wanted = {name: (1.0 - share) * of for name, share in shares.items()}
+    keep = {name: min(of, max(1, floor(want + 1e-9))) for name, want in wanted.items()}
+    left = fsum(sizes[name] * (wanted[name] - keep[name]) for name in keep)
+    for name in sorted(keep, key=lambda name: keep[name] - wanted[name]):
+        if wanted[name] - keep[name] > 1e-9 and sizes[name] <= left * (1 + 1e-9):
+            keep[name] += 1
+            left -= sizes[name]
+    return {name: 1.0 - count / of for name, count in keep.items()}
 
 
 def kept_total(allocation: Mapping[str, float], sizes: Mapping[str, int]) -> int:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from gossamer.core import GossamerError, Method
 
-__all__ = ["Applied", "Report", "SiteRow", "State", "at_work"]
+__all__ = ["ACCELERATED", "Applied", "Report", "SiteRow", "State", "at_work"]
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class Report:
     def __str__(self) -> str:
         name = self.method.get("method", "?")
         fields = ", ".join(
-            f"{k} {v}" for k, v in self.method.items() if k != "method" and v is not None
+            f"{k} {v}" for k, v in self.method.items() if k != "method" and v not in (None, "")
         )
         head = f"{name} ({fields}): {self.sparsity:.2%} of {self.size:,} {self.unit} removed"
         if self.unit == "weights":
@@ -101,6 +101,8 @@ class Report:
 
 
 _AT_WORK = "_gossamer_at_work"
+ACCELERATED = "_gossamer_accelerated"
+"""Where a model holds what runs its layers on other kernels, to be undone before weights change."""
 
 
 def at_work(model: nn.Module) -> tuple["Applied", ...]:
@@ -121,6 +123,11 @@ class Applied(ABC):
     simulated: bool = True
 
     def __init__(self, method: Method, model: nn.Module) -> None:
+        if ACCELERATED in vars(model):
+            raise GossamerError(
+                "the model is accelerated; call restore() of what accelerate returned, apply the "
+                "method, then accelerate again"
+            )
         self.method = method
         self.model = model
 
@@ -132,12 +139,16 @@ class Applied(ABC):
     def restore(self) -> None:
         """Put the model back exactly as it was. A second call does nothing.
 
+        An accelerated model gets its own layers back first.
+
         Raises
         ------
         GossamerError
             If the method was applied without keeping what undoing needs.
         """
         if self in at_work(self.model):
+            if (faster := vars(self.model).get(ACCELERATED)) is not None:
+                faster.restore()
             self._undo()
             self._leave()
 

@@ -292,6 +292,8 @@ class OneShot(Method):
                     work.scores = scores
             case "owl":
                 shares = self._owl(model, sites, tokens, batch_size, progress)
+        if isinstance(self.pattern, NM) and self.allocation != "uniform":
+            shares = split.grouped(shares, sizes, self.pattern.of)
         return {name: self._for_site(share, sizes[name]) for name, share in shares.items()}
 
     def _for_site(self, sparsity: float, size: int) -> tuple[Pattern, Budget]:
@@ -340,9 +342,14 @@ class OneShot(Method):
         tokens: Any,
         batch_size: int,
         progress: Progress | None,
-        multiple: float = 5.0,
     ) -> dict[str, float]:
-        """Sparsity per site from each block's share of outlier scores on the dense model."""
+        """Sparsity per site from each block's share of outlier scores on the dense model.
+
+        The paper's constants: outliers are 5 times the mean, blocks differ by up to 0.16; with
+        N:M patterns 6 times, and by up to half of M.
+        """
+        groups = self.pattern.of if isinstance(self.pattern, NM) else None
+        multiple, spread = (5.0, 0.08) if groups is None else (6.0, 0.25)
         outliers: dict[str, float] = {}
 
         def measure(block: Any) -> None:
@@ -366,7 +373,10 @@ class OneShot(Method):
         )
         sizes = {i: sum(s.size for s in sites.in_block(int(i))) for i in outliers}
         assert self.sparsity is not None
-        shares = split.owl(outliers, sizes, self.sparsity)
+        shares = split.owl(outliers, sizes, self.sparsity, spread)
+        if groups is not None:
+            # A block is one unit, so that rounding does not part its layers.
+            shares = split.grouped(shares, sizes, groups)
         return {site.name: shares[str(site.block)] for site in sites.sites}
 
     def view(self, model: nn.Module, site: Site, stats: Mapping[Stat, Any]) -> LayerView:
