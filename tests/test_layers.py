@@ -15,7 +15,8 @@ BELOW = {
     "evaluate": {"core", "models"},
     "methods": {"core", "models", "kernels"},
 }
-BELOW["claims"] = BELOW["recipes"] = BELOW["export"] = {"methods", "evaluate", *BELOW["methods"]}
+BELOW["execute"] = {"methods", "evaluate", *BELOW["methods"]}
+BELOW["claims"] = BELOW["recipes"] = BELOW["export"] = {"execute", *BELOW["execute"]}
 BELOW["report"] = BELOW["cli"] = {"claims", "recipes", "export", *BELOW["claims"]}
 # Each layer sees itself; on one level these also see one another.
 LEVEL = {"claims": {"recipes", "export"}, "recipes": {"export"}, "cli": {"report"}}

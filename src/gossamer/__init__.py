@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from gossamer.core import Budget, GossamerError, Pattern, Selection
     from gossamer.evaluate import score, speed
+    from gossamer.execute import accelerate
     from gossamer.models import Tokens, find_sites
     from gossamer.recipes.compare import compare
     from gossamer.recipes.recipe import Recipe, load
@@ -29,6 +30,7 @@ _PUBLIC = {
     "Recipe": "gossamer.recipes.recipe",
     "Selection": "gossamer.core",
     "Tokens": "gossamer.models",
+    "accelerate": "gossamer.execute",
     "compare": "gossamer.recipes.compare",
     "find_sites": "gossamer.models",
     "load": "gossamer.recipes.recipe",
@@ -44,6 +46,7 @@ __all__ = [
     "Selection",
     "Tokens",
     "__version__",
+    "accelerate",
     "compare",
     "find_sites",
     "load",

@@ -347,7 +347,7 @@ def test_without_a_compiler_the_reference_runs_and_one_line_says_so(
         raise build.CannotBuild("no C++ compiler was found")
 
     op._library.cache_clear()
-    op._usable.cache_clear()
+    op.usable.cache_clear()
     try:
         monkeypatch.setattr(build, "load", fail)
         weight, x = matrix(6, 90, 20), random(3, 90)
@@ -363,7 +363,7 @@ def test_without_a_compiler_the_reference_runs_and_one_line_says_so(
             sparse_linear(x, packed, backend="cpu")
     finally:
         op._library.cache_clear()
-        op._usable.cache_clear()
+        op.usable.cache_clear()
 
 
 # ---- torch --------------------------------------------------------------------------------------

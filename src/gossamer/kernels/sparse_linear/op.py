@@ -16,10 +16,18 @@ from torch import Tensor
 
 from gossamer.core.errors import GossamerError, unknown
 from gossamer.kernels import build
+from gossamer.kernels.sparse_linear import tiled_op
 from gossamer.kernels.sparse_linear.pack import LAYOUTS, Packed
 from gossamer.kernels.sparse_linear.reference import sparse_linear_reference
 
-__all__ = ["Backend", "backend_for", "instruction_set", "register", "sparse_linear"]
+__all__ = [
+    "Backend",
+    "backend_for",
+    "instruction_set",
+    "register",
+    "sparse_linear",
+    "usable",
+]
 
 Backend = Literal["auto", "reference", "cpu"]
 
@@ -64,7 +72,7 @@ def _parallel() -> int | None:
 
 
 @cache
-def _usable() -> bool:
+def usable() -> bool:
     """Whether the kernel can be built here; the first failure is said in one line."""
     try:
         _library()
@@ -82,7 +90,7 @@ def _fits(x: Tensor, packed: Packed) -> bool:
 
 def backend_for(x: Tensor, packed: Packed) -> Literal["reference", "cpu"]:
     """What ``auto`` runs for an input and a matrix."""
-    return "cpu" if _fits(x, packed) and _usable() else "reference"
+    return "cpu" if _fits(x, packed) and usable() else "reference"
 
 
 def instruction_set() -> str:
@@ -200,7 +208,11 @@ def _run(x: Tensor, packed: Packed, level: int | None = None) -> Tensor:
 
 @cache
 def register() -> None:
-    """Make ``torch.ops.gossamer.sparse_linear`` known to torch; compiles nothing."""
+    """Make ``sparse_linear`` and ``tiled_linear`` of ``torch.ops.gossamer`` known to torch.
+
+    Compiles nothing.
+    """
+    tiled_op.register()
 
     def run(
         x: Tensor,
