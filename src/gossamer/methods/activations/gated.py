@@ -1,28 +1,61 @@
 """A model at work behind gates: it measures itself, reports, undoes itself, and can be saved."""
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import fields
+from contextlib import contextmanager, nullcontext
+from dataclasses import fields, replace
 from inspect import signature
 from math import fsum
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from gossamer.core import Method
-from gossamer.methods.activations.gates import Gate, Gates
+from gossamer.kernels.measured import ChoiceRow
+from gossamer.methods.activations.calibration import active_experts
+from gossamer.methods.activations.execution import Execution, How, accelerate
+from gossamer.methods.activations.fingerprint import fingerprint
+from gossamer.methods.activations.gates import INPUT_ROLES, Gate, Gates
 from gossamer.methods.activations.positions import Positions
-from gossamer.models import Applied, Inputs, Report, SiteMap, SiteRow, State, as_tokens
+from gossamer.models import Applied, Inputs, Progress, Report, SiteMap, SiteRow, State, as_tokens
 from gossamer.models.capture import evaluating
 
-__all__ = ["GatedModel"]
+__all__ = ["Beneath", "GatedModel"]
+
+
+class Beneath(Protocol):
+    """A change of the model itself under its gates, such as a rotation.
+
+    Attributes
+    ----------
+    nbytes : weight bytes it adds to what every token reads.
+    tensors : what is stored to do it again.
+    """
+
+    @property
+    def nbytes(self) -> int: ...
+
+    @property
+    def tensors(self) -> dict[str, Tensor]: ...
+
+    def plain(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A state dict with the weights as they were."""
+        ...
+
+    def original(self) -> Any:
+        """While open, the model holds the weights as they were."""
+        ...
+
+    def undo(self) -> None:
+        """Put the model back; a second call does nothing."""
+        ...
 
 
 class GatedModel(Applied):
     """A model whose activations pass gates; its weights are as they were.
 
-    Masked-dense: the products still run over all channels, so ``simulated`` is True.
+    Masked-dense: the products still run over all channels, so ``simulated`` is True, until
+    :meth:`accelerate` puts decode steps on kernels that skip what the gates remove.
 
     Attributes
     ----------
@@ -37,11 +70,17 @@ class GatedModel(Applied):
         sites: SiteMap,
         gates: Iterable[Gate],
         dense_prefix: int,
+        dense_share: float = 0.0,
+        *,
+        beneath: Beneath | None = None,
+        warnings: tuple[str, ...] = (),
     ) -> None:
         super().__init__(method, model)
         self.sites = sites
         self.measured: dict[str, float] | None = None
-        positions = Positions(dense_prefix)
+        self._execution: Execution | None = None
+        self._beneath, self._warnings = beneath, warnings
+        positions = Positions(dense_prefix, dense_share)
         self._gates = Gates(model, positions)
         self._watch: list[Any] = []
         try:
@@ -59,9 +98,47 @@ class GatedModel(Applied):
 
     def _undo(self) -> None:
         """Take every hook away."""
+        self.decelerate()
         self._gates.remove()
         while self._watch:
             self._watch.pop().remove()
+        if self._beneath is not None:
+            self._beneath.undo()
+
+    def accelerate(
+        self,
+        batch_sizes: Iterable[int] = (1,),
+        progress: Progress | None = None,
+        choice: How = "measured",
+    ) -> list[ChoiceRow]:
+        """Run decode steps on kernels that skip what the gates remove; ``generate`` is unchanged.
+
+        Channel-major copies of the weights are made beside the model and dropped by
+        :meth:`decelerate` or :meth:`restore`; weights must not change in between. Prefill stays
+        masked dense, and so does every layer that a kernel would not make faster.
+
+        Parameters
+        ----------
+        batch_sizes : rows of the decode steps that will come, 1 to 4; larger ones run dense.
+        choice : ``measured`` times dense and sparse for every kind of layer, ``predicted``
+            believes the estimate, ``axpy`` skips channels wherever some are dropped.
+
+        Returns
+        -------
+        What was chosen for every layer, with the milliseconds measured.
+        """
+        self.decelerate()
+        self._execution = accelerate(
+            self.model, self.sites, self._gates, batch_sizes, choice=choice, progress=progress
+        )
+        self.simulated = not self._execution.active
+        return self._execution.table
+
+    def decelerate(self) -> None:
+        """Back to masked dense; drops what :meth:`accelerate` made."""
+        if self._execution is not None:
+            self._execution.remove()
+        self._execution, self.simulated = None, True
 
     @torch.no_grad()
     def measure(self, data: Any = None, *, batch_size: int = 8) -> dict[str, float]:
@@ -93,20 +170,31 @@ class GatedModel(Applied):
         }
 
     def state(self) -> State:
-        """The cuts, and where they belong."""
-        plain = [f.name for f in fields(Gate) if f.name != "cut"]
-        meta = [{name: getattr(gate, name) for name in plain} for gate in self.gates.values()]
+        """The cuts, where they belong, and the model they are for."""
+        plain = [f.name for f in fields(Gate) if f.name not in ("cut", "low_rank")]
+        gates = [{name: getattr(gate, name) for name in plain} for gate in self.gates.values()]
         tensors = {f"cut.{gate.name}": gate.cut.clone() for gate in self.gates.values()}
-        return State({"gates": meta}, tensors)
+        for gate in self.gates.values():
+            if gate.low_rank is not None:
+                tensors[f"left.{gate.name}"] = gate.low_rank.left.clone()
+                tensors[f"right.{gate.name}"] = gate.low_rank.right.clone()
+        with nullcontext() if self._beneath is None else self._beneath.original():
+            meta = {"gates": gates, "model": fingerprint(self.model, self.sites)}
+        if self._beneath is not None:
+            tensors |= self._beneath.tensors
+        return State(meta | {"warnings": list(self._warnings)}, tensors)
+
+    def plain(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The weights as they were before anything was changed beneath the gates."""
+        return tensors if self._beneath is None else self._beneath.plain(tensors)
 
     def report(self) -> Report:
         """Share of the weights of every gated layer that a token does not read.
 
         The calibrated target, or the measured share after :meth:`measure`.
         """
-        found = self.measured or {gate.name: gate.sparsity for gate in self.gates.values()}
         rows = tuple(
-            SiteRow(gate.name, gate.role, gate.block, gate.size, found[gate.name])
+            SiteRow(gate.name, gate.role, gate.block, gate.size, self._saved(gate) / gate.size)
             for gate in self.gates.values()
         )
         return Report(
@@ -116,29 +204,56 @@ class GatedModel(Applied):
             all_size=sum(row.size for row in rows),
             simulated=self.simulated,
             notes=self._notes(),
+            warnings=self._warnings,
         )
+
+    def _saved(self, gate: Gate) -> float:
+        """Weights of a gate's layers that a token does not read, as measured or calibrated."""
+        if self.measured is not None:
+            gate = replace(gate, sparsity=self.measured[gate.name])
+        return gate.saved
 
     def weight_bytes_saved(self) -> int:
-        """Bytes of the columns a token does not read, in the weights' own dtype."""
-        found = self.measured or {gate.name: gate.sparsity for gate in self.gates.values()}
-        return int(
-            fsum(found[g.name] * g.size * self._width(g.module) for g in self.gates.values())
-        )
+        """Bytes of the columns a token does not read, in the weights' own dtype.
 
-    def _width(self, module: str) -> int:
-        return next(self.model.get_submodule(module).parameters()).element_size()
+        What must be read beside them is counted against it: low-rank paths, rotations.
+        """
+        gates = self.gates.values()
+        saved = fsum(self._saved(gate) * self._width(gate) for gate in gates)
+        return max(0, int(saved) - (self._beneath.nbytes if self._beneath else 0))
+
+    def _width(self, gate: Gate) -> int:
+        # An activation function has no weights; those it decides on lie beside it.
+        path = gate.module.rpartition(".")[0] if gate.role == "mlp.neurons" else gate.module
+        return next(self.model.get_submodule(path).parameters()).element_size()
+
+    def _block_bytes(self) -> int:
+        """Weight bytes a token reads in the linear layers of all blocks, dense; routers apart."""
+        active = active_experts(self.model, self.sites)
+        sites = [site for site in self.sites.sites if site.role in INPUT_ROLES]
+        return round(
+            fsum(
+                site.size
+                * site.weight(self.model).element_size()
+                * (1.0 if site.expert is None else active)
+                for site in sites
+            )
+        )
 
     def _notes(self) -> tuple[str, ...]:
         gates = self.gates.values()
-        dense = sum(gate.size * self._width(gate.module) for gate in gates)
+        dense = self._block_bytes()
         read = dense - self.weight_bytes_saved()
         share = read / dense if dense else 1.0
         embedding, head = self._outside()
-        prefix = self._gates.positions.dense_prefix
+        positions = self._gates.positions
+        first = f"the first {positions.dense_prefix} real tokens"
+        if positions.dense_share:
+            first = f"the first {positions.dense_share:.0%} of the tokens"
         notes = [
-            f"weight bytes read per token: {read:,} of {dense:,} ({share:.1%}) in the gated "
-            f"layers; apart from these, embeddings hold {embedding:,} bytes and the head {head:,}",
-            f"the first {prefix} real tokens of every text are dense; all others are masked",
+            f"weight bytes read per token: {read:,} of {dense:,} ({share:.1%}) in the linear "
+            f"layers of all blocks; apart from these, embeddings hold {embedding:,} bytes and the head {head:,}",
+            f"{first} of every text are dense; all others are masked",
         ]
         if self.measured:
             off = {gate.name: self.measured[gate.name] - gate.sparsity for gate in gates}
@@ -149,6 +264,8 @@ class GatedModel(Applied):
             )
         else:
             notes.append("sparsities are the calibrated targets; measure(data) counts them")
+        if self._execution is not None:
+            notes += self._execution.notes()
         return tuple(notes)
 
     def _outside(self) -> tuple[int, int]:
