@@ -80,6 +80,8 @@ def snapshot(model: torch.nn.Module) -> dict[str, object]:
         "attention": config._attn_implementation if config else None,
         "modes": [m.training for m in model.modules()],
         "forwards": ["forward" in vars(m) for m in model.modules()],
+        # A vision-language model of transformers hooks its own vision tower.
+        "hooks": hooks_of(model),
     }
 
 
@@ -90,7 +92,6 @@ def assert_untouched(model: torch.nn.Module, before: dict[str, object]) -> None:
     for name, value in old_state.items():
         assert torch.equal(value, new_state[name]), name
     assert now == before
-    assert hooks_of(model) == 0
 
 
 @pytest.mark.parametrize("key", KEYS)

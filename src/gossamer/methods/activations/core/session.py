@@ -165,6 +165,16 @@ class Session:
         if clusters is not None and len(clusters.centroids) > 1 and bool(self.limited.any()):
             self._look_ahead(module, args, kwargs)
 
+    def shrink(self, places: Tensor) -> None:
+        """Tokens left the running prompt: from here on it holds those at (B, T') places."""
+        if self.mode == "off":
+            return
+        for name in ("voting", "limited"):
+            flags = getattr(self, name)
+            if flags is not None:
+                setattr(self, name, flags.view(self.shape).gather(1, places).flatten())
+        self.shape = (self.shape[0], places.shape[1])
+
     @torch.no_grad()
     def _look_ahead(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         """A late layer tells the cluster that early layers need: read the prompt first."""
