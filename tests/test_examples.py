@@ -15,14 +15,14 @@ RECIPES = sorted((Path(__file__).parents[1] / "examples").glob("*.yaml"))
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipes_run(path):
     recipe = replace(Recipe.read(path), model=None, out=None)
-    with recipe.apply(tiny_model("llama"), data=random_tokens()) as applied:
+    with recipe.apply(tiny_model("llama"), None, random_tokens()) as applied:
         assert all(stage.report().sparsity > 0 for stage in applied.stages)
 
 
 def test_one_recipe_composes_score_allocation_and_pattern():
     (path,) = [path for path in RECIPES if path.stem == "owl_sparsegpt_dsnot_24"]
     recipe = replace(Recipe.read(path), model=None)
-    with recipe.apply(tiny_model("llama"), data=random_tokens()) as applied:
+    with recipe.apply(tiny_model("llama"), None, random_tokens()) as applied:
         (stage,) = applied.stages
         assert stage.report().sparsity == 0.5
         for name in stage.masks:
