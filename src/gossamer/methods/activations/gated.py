@@ -252,7 +252,8 @@ class GatedModel(Applied):
             first = f"the first {positions.dense_share:.0%} of the tokens"
         notes = [
             f"weight bytes read per token: {read:,} of {dense:,} ({share:.1%}) in the linear "
-            f"layers of all blocks; apart from these, embeddings hold {embedding:,} bytes and the head {head:,}",
+            f"layers of all blocks; apart from these, embeddings hold {embedding:,} bytes "
+            f"and the head {head:,}",
             f"{first} of every text are dense; all others are masked",
         ]
         if self.measured:
