@@ -6,7 +6,7 @@ The sweep finds that point for any score, any pattern, any model.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from math import log
+from math import isfinite, log
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from gossamer.core import (
     Unstructured,
     check_count,
 )
-from gossamer.methods.weights.base import Allocation, OneShot
+from gossamer.methods.weights.base import Allocation, OneShot, prunable
 from gossamer.methods.weights.knee.curve import Curve, parse_sweep
 from gossamer.methods.weights.retrain.loop import Plan, finetune, in_float32
 from gossamer.methods.weights.retrain.masks import Masks, parameter_masks
@@ -141,6 +141,7 @@ class EssentialSparsity(Method):
             If the model has no loss on such data, or a layer cannot take the pattern.
         """
         points = list(self._points())
+        self._refuse_early(model)
         measured = _usable(heldout, model)
 
         def show(done: int) -> None:
@@ -148,6 +149,11 @@ class EssentialSparsity(Method):
                 progress(done, len(points) + 1, f"sweeping {self.base}")
 
         losses = [self._dense(model, measured, calibration, batch_size)]
+        if not isfinite(losses[0].mean):
+            raise GossamerError(
+                f"the dense model's loss is {losses[0].mean}, so there is nothing to compare with; "
+                "look for NaN in the weights, or load the model in float32"
+            )
         shares, words = [0.0], ["dense"]
         show(1)
         for done, (_, pattern, method) in enumerate(points, 2):
@@ -159,6 +165,14 @@ class EssentialSparsity(Method):
             shares.append(share)
             words.append(pattern)
         return Curve.of(shares, losses, _ceiling(model, measured), words)
+
+    def _refuse_early(self, model: nn.Module) -> None:
+        """A layer that cannot take the pattern is an error before anything is measured."""
+        for site in prunable(model).sites:
+            try:
+                self.pattern.check_shape(site.shape)
+            except GossamerError as error:
+                raise GossamerError(f"{site.name}: {error}") from None
 
     def _dense(
         self, model: nn.Module, heldout: Any, calibration: Any, batch_size: int
