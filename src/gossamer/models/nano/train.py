@@ -56,15 +56,14 @@ def rate(progress: float, warmup: float, stable: float) -> float:
     return min(1.0, max(0.0, (1.0 - progress) / (1.0 - stable)))
 
 
-def new_model(shape: dict, seed: int):
-    """A freshly initialised Llama with fp32 weights."""
+def new_model(shape: dict, seed: int, architecture: str = "llama"):
+    """A freshly initialised decoder with fp32 weights."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(seed)
-    config = LlamaConfig(**shape)
-    config._attn_implementation = "sdpa"
-    model = LlamaForCausalLM(config)
+    config = AutoConfig.for_model(architecture, **shape)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
     # The two projections that write into the residual stream start smaller, so that its
     # variance does not grow with depth.
     scale = 1.0 / math.sqrt(2 * config.num_hidden_layers)
@@ -88,7 +87,7 @@ def train(options: argparse.Namespace) -> dict:
     tokens, val, meta, members = corpus.load(options.corpus)
     lengths = tokenizer.token_bytes(members["tokenizer.json"])
     shape = {**SHAPE, "vocab_size": meta["vocabulary"], **options.shape}
-    model = new_model(shape, options.seed)
+    model = new_model(shape, options.seed, options.architecture)
     torch.nn.Module.to(model, device).train()
     parameters = sum(one.numel() for one in model.parameters())
     windows = Windows(
@@ -265,15 +264,9 @@ def export(model, shape: dict, members: dict[str, bytes], out: Path) -> None:
     }
     corpus.write_atomic(out / "model.safetensors", save(state, metadata={"format": "pt"}))
     settings = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        **model.config.to_diff_dict(),
+        "architectures": [type(model).__name__],
         "dtype": "bfloat16",
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
-        "attention_dropout": 0.0,
-        "initializer_range": 0.02,
-        "use_cache": True,
         **shape,
     }
     generation = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1}
@@ -329,6 +322,7 @@ def main(arguments: list[str] | None = None) -> None:
     two = steps.add_parser("train", formatter_class=form, help="train, export, evaluate")
     two.add_argument("--corpus", type=Path, required=True, help="file that prepare wrote")
     two.add_argument("--out", type=Path, required=True, help="model folder to write")
+    two.add_argument("--architecture", default="llama", help="a decoder's model_type")
     two.add_argument("--steps", type=int, help="stop after this many steps")
     two.add_argument("--tokens", type=int, help="stop after this many tokens, if no --steps")
     two.add_argument("--time-limit", type=float, help="stop within this many seconds, all included")
