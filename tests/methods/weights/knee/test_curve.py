@@ -46,7 +46,8 @@ def test_nothing_within_leaves_the_dense_model():
 
 def test_tokens_weigh_alike_whatever_their_window():
     counts = torch.tensor([30.0, 10.0], dtype=torch.float64)
-    losses = [WindowLosses(torch.tensor(t, dtype=torch.float64), counts) for t in ([30.0, 50.0], [60.0, 60.0])]  # fmt: skip
+    totals = torch.tensor([[30.0, 50.0], [60.0, 60.0]], dtype=torch.float64)
+    losses = [WindowLosses(total, counts) for total in totals]
     assert Curve.of((0.0, 0.5), losses).losses == (2.0, 3.0)
 
 

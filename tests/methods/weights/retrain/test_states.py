@@ -29,11 +29,15 @@ def mask_of(seed, shape=(20, 30), sparsity=0.5):
 
 
 def test_a_worked_average():
+    rows = ((1.0, 3.0, 3, 1.0), (2.0, -3.0, 9, 4.0), (6.0, 3.0, 1, 4.0))
     states = [
-        {"w": torch.tensor([[1.0, 0.0], [3.0, 0.0]]), "n": torch.tensor(3), "b": torch.tensor([1.0])},
-        {"w": torch.tensor([[2.0, 0.0], [-3.0, 0.0]]), "n": torch.tensor(9), "b": torch.tensor([4.0])},
-        {"w": torch.tensor([[6.0, 0.0], [3.0, 0.0]]), "n": torch.tensor(1), "b": torch.tensor([4.0])},
-    ]  # fmt: skip
+        {
+            "w": torch.tensor([[a, 0.0], [b, 0.0]]),
+            "n": torch.tensor(count),
+            "b": torch.tensor([bias]),
+        }
+        for a, b, count, bias in rows
+    ]
     made = average(states)
     assert made["w"].tolist() == [[3.0, 0.0], [1.0, 0.0]]
     assert made["b"].tolist() == [3.0]
