@@ -154,9 +154,9 @@ class EssentialSparsity(Method):
                 f"the dense model's loss is {losses[0].mean}, so there is nothing to compare with; "
                 "look for NaN in the weights, or load the model in float32"
             )
-        shares, words = [0.0], ["dense"]
+        shares, words, asked = [0.0], ["dense"], [0.0]
         show(1)
-        for done, (_, pattern, method) in enumerate(points, 2):
+        for done, (wanted, pattern, method) in enumerate(points, 2):
             share, loss = self._point(model, method, measured, calibration, batch_size)
             show(done)
             if share <= shares[-1]:
@@ -164,7 +164,8 @@ class EssentialSparsity(Method):
             losses.append(loss)
             shares.append(share)
             words.append(pattern)
-        return Curve.of(shares, losses, _ceiling(model, measured), words)
+            asked.append(wanted)
+        return Curve.of(shares, losses, _ceiling(model, measured), words, asked)
 
     def _refuse_early(self, model: nn.Module) -> None:
         """A layer that cannot take the pattern is an error before anything is measured."""
@@ -272,9 +273,8 @@ class EssentialSparsity(Method):
         if not sparsity:
             pattern = Unstructured("layer") if isinstance(self.pattern, NM) else self.pattern
             return starting("magnitude", 0.0, pattern)
-        points = list(self._points())
-        near = min(points, key=lambda point: abs(point[0] - sparsity))
-        return near[2]
+        wanted = curve.asked[curve.sparsity.index(sparsity)]
+        return next(method for asked, _, method in self._points() if asked == wanted)
 
     def reattach(
         self, model: nn.Module, meta: Mapping[str, Any], tensors: Mapping[str, Tensor]

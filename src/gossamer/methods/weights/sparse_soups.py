@@ -67,7 +67,7 @@ class SparseSoups(Method):
         "classifiers with SGD; the peak rate of every phase is the same, not adapted to how much "
         "the phase removed",
     )
-    example: ClassVar = {"phases": 1, "copies": 2, "steps": 1, "batch_size": 2, "lr": 1e-2}
+    example: ClassVar = {"phases": 1, "copies": 2, "steps": 1, "batch_size": 2}
     exempt: ClassVar = {
         "dense at sparsity 0": "retraining changes the weights at any sparsity",
         "encoders": "the tiny encoders' data has no labels, so there is no loss to retrain on",

@@ -98,7 +98,8 @@ class Curve:
     counts : (N,) float64, scored tokens of every window.
     ceiling : loss of a model that knows nothing (log of the vocabulary), or None. Beyond it a
         curve only says how confidently wrong a destroyed model is, so the elbow leaves it out.
-    patterns : what was applied at each sparsity, in words.
+    patterns : what was applied at each sparsity, in words. asked : the sparsity asked for there,
+        which rounding to whole weights of a row or block may miss.
     """
 
     sparsity: tuple[float, ...]
@@ -106,6 +107,7 @@ class Curve:
     counts: Tensor
     ceiling: float | None = None
     patterns: tuple[str, ...] = ()
+    asked: tuple[float, ...] = ()
 
     @classmethod
     def of(
@@ -114,10 +116,12 @@ class Curve:
         losses: Sequence[WindowLosses],
         ceiling: float | None = None,
         patterns: Sequence[str] = (),
+        asked: Sequence[float] = (),
     ) -> "Curve":
         """From the losses measured at each sparsity, the dense model's first."""
         totals = torch.stack([loss.total for loss in losses])
-        return cls(tuple(sparsity), totals, losses[0].count, ceiling, tuple(patterns))
+        words = tuple(patterns), tuple(asked)
+        return cls(tuple(sparsity), totals, losses[0].count, ceiling, *words)
 
     def __post_init__(self) -> None:
         if not self.sparsity or self.sparsity[0] != 0:
