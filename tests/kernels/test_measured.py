@@ -16,6 +16,7 @@ from gossamer.kernels.measured import Choice, fastest
 def folder(tmp_path, monkeypatch):
     """A cache of the test's own."""
     monkeypatch.setenv("GOSSAMER_CHOICES", str(tmp_path))
+    monkeypatch.setattr(measured, "_busy", lambda device: False)
     measured.forget()
     yield tmp_path
     measured.forget()
@@ -121,6 +122,34 @@ def test_a_folder_that_cannot_be_written_is_survived(folder, monkeypatch, caplog
     monkeypatch.setenv("GOSSAMER_CHOICES", str(folder / "file" / "below"))
     assert fastest("k", sleeping([], dense=0, other=0), device="cpu", repeats=1)
     assert "not kept" in caplog.text
+
+
+def test_what_a_busy_machine_gave_is_not_kept(folder, monkeypatch):
+    monkeypatch.setattr(measured, "_busy", lambda device: True)
+    calls: list[str] = []
+    runs = sleeping(calls, dense=0, other=0)
+    first = fastest("k", runs, device="cpu", repeats=1)
+    assert list(folder.iterdir()) == []
+    count = len(calls)
+    assert fastest("k", runs, device="cpu", repeats=1) == first
+    assert len(calls) == count
+
+
+def test_a_call_costs_the_least_it_took(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(measured.time, "perf_counter", lambda: now[0])
+    # Two calls of warm-up, then three rounds.
+    order = {"dense": [5, 5, 9, 1, 7], "other": [5, 5, 9, 9, 9]}
+
+    def call(name: str):
+        def run() -> None:
+            now[0] += order[name].pop(0) / 1e3
+
+        return run
+
+    choice = fastest("k", {n: call(n) for n in order}, device="cpu", repeats=3)
+    assert choice.name == "dense"
+    assert choice.milliseconds == pytest.approx({"dense": 1.0, "other": 9.0})
 
 
 def test_threads_are_put_back_after_an_error():

@@ -10,7 +10,6 @@ import json
 import logging
 import os
 import platform
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -43,7 +42,7 @@ class Choice:
     Parameters
     ----------
     name : of the candidate to run.
-    milliseconds : median of a call, by candidate; ``dense`` is always among them.
+    milliseconds : the least a call took, by candidate; ``dense`` is always among them.
     """
 
     name: str
@@ -135,6 +134,9 @@ def fastest(
 ) -> Choice:
     """Time candidates in turn and take dense unless another is faster by a margin.
 
+    A candidate's time is the least of its rounds: other programs can only add to it. What is
+    measured while they keep every core busy serves this process but is not kept on disk.
+
     Every call finds the last cache full of something else, as a layer of a model larger than the
     cache does.
 
@@ -177,7 +179,7 @@ def fastest(
                 times = _time_cuda(candidates, device, repeats, seconds, launches)
             else:
                 times = _time_cpu(candidates, repeats, seconds, flush)
-        if len(candidates) > 1:
+        if len(candidates) > 1 and not _busy(device):
             _write(text, times)
     _remembered[text] = times
     best = min(times, key=lambda name: times[name])
@@ -188,6 +190,13 @@ def fastest(
 def forget() -> None:
     """Drop what this process remembers; files stay."""
     _remembered.clear()
+
+
+def _busy(device: torch.device) -> bool:
+    """Whether more threads than the cores can serve have been waiting to run for a minute."""
+    if device.type != "cpu" or not hasattr(os, "getloadavg"):
+        return False
+    return os.getloadavg()[0] > 1.5 * (os.cpu_count() or 1) + 1
 
 
 @contextmanager
@@ -204,7 +213,7 @@ def _threads(count: int | None):
 def _time_cpu(
     candidates: Mapping[str, Callable[[], object]], repeats: int, seconds: float, flush: bool
 ) -> dict[str, float]:
-    """Median milliseconds of a call; flush empties the last cache before each."""
+    """Least milliseconds of a call; flush empties the last cache before each."""
     other = torch.ones(_COLD // 4 if flush else 1)
     taken: dict[str, list[float]] = {name: [] for name in candidates}
     start = time.perf_counter()
@@ -217,7 +226,7 @@ def _time_cpu(
                 taken[name].append(time.perf_counter() - begin)
         if turn + 1 >= _WARM_UP + _LEAST and time.perf_counter() - start > seconds:
             break
-    return {name: 1e3 * statistics.median(times) for name, times in taken.items()}
+    return {name: 1e3 * min(times) for name, times in taken.items()}
 
 
 def _time_cuda(
@@ -227,7 +236,7 @@ def _time_cuda(
     seconds: float,
     launches: bool,
 ) -> dict[str, float]:
-    """Median milliseconds of a call on the device, or on the host where launching is longer."""
+    """Least milliseconds of a call on the device, or on the host where launching is longer."""
     size = max(4 * torch.cuda.get_device_properties(device).L2_cache_size, _COLD)
     other = torch.empty(size // 4, device=device)
     taken: dict[str, list[float]] = {name: [] for name in candidates}
@@ -250,7 +259,7 @@ def _time_cuda(
                     taken[name].append(max(work, host) if launches else work)
             if turn + 1 >= _WARM_UP + _LEAST and time.perf_counter() - start > seconds:
                 break
-    return {name: statistics.median(times) for name, times in taken.items()}
+    return {name: min(times) for name, times in taken.items()}
 
 
 def _path(text: str) -> Path | None:
