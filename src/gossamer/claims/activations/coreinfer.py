@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - torch's own name
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from gossamer.claims.activations.digits import one_thread
 from gossamer.claims.base import Claim, Figures, Verdict, mean
 from gossamer.claims.lm import heldout, nano
 from gossamer.core import topk_mask
@@ -93,6 +94,7 @@ def _ratio_check(figures: Sequence[Figures]) -> Verdict:
 # -- on the packaged model -------------------------------------------------------------------------
 
 
+@one_thread()
 def _source_files(seed: int) -> Figures:
     rows = 4
     windows = heldout(rows * 24, LENGTH).input_ids
@@ -101,6 +103,7 @@ def _source_files(seed: int) -> Figures:
     return compare(nano().model, ids, method, (torch.arange(rows) + 2) % rows, seed)
 
 
+@one_thread()
 @torch.no_grad()
 def _same_numbers(seed: int) -> Figures:
     """Tokens decoded on gathered matrices against the same tokens scored under the mask."""
@@ -196,6 +199,7 @@ def topic_model(seed: int) -> tuple[LlamaForCausalLM, Tensor]:
     return model.eval(), table
 
 
+@one_thread()
 def _topics(seed: int) -> Figures:
     model, table = topic_model(seed)
     topics = torch.arange(16) % TOPICS
