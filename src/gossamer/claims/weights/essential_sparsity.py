@@ -40,9 +40,9 @@ def _named(name: str, figures: Figures) -> dict[str, float]:
 
 
 def _run(seed: int) -> Figures:
-    size = _once("magnitude", "model", "0.1:0.7:0.1", 8, 64)
+    size = _once("magnitude", "model", "0.2:0.7:0.1", 8, 64)
     # Each layer loses the same share of a random mask whether layers compete or not.
-    noise = _measure(f"random:seed={seed}", "layer", "0.04:0.2:0.04", 8, 64)
+    noise = _measure(f"random:seed={seed}", "layer", "0.05:0.2:0.05", 8, 64)
     return _named("magnitude", size) | _named("random", noise)
 
 
