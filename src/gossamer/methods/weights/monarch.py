@@ -41,7 +41,8 @@ class Monarch(Method):
     sparsity : share of a matrix's parameters to remove, which sets the rank of the slices
         (rounded down, at least 1); None: square inner blocks, 2 / nblocks of a square matrix stay.
     rank : of the slices, in place of ``sparsity``.
-    roles : which matrices, as for :func:`gossamer.find_sites`. Stacked experts and routers stay.
+    roles : which matrices, as for ``find_sites(...).select``, or as text with commas. Stacked
+        experts and routers stay dense.
     steps : updates of fine-tuning after the projection; 0 for none. Needs a model with a loss.
     lr, batch_size, seed : of the fine-tuning (AdamW; warm-up, then linearly to zero).
 
@@ -78,7 +79,7 @@ class Monarch(Method):
     nblocks: int = 4
     sparsity: float | None = None
     rank: int | None = None
-    roles: tuple[str, ...] = ("attention", "mlp")
+    roles: tuple[str, ...] | str = ("attention", "mlp")
     steps: int = 0
     lr: float = 1e-3
     batch_size: int = 8
@@ -86,6 +87,8 @@ class Monarch(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if isinstance(self.roles, str):
+            object.__setattr__(self, "roles", tuple(self.roles.split(",")))
         check_count("nblocks", self.nblocks, 1)
         if self.rank is not None:
             check_count("rank", self.rank, 1)
@@ -114,7 +117,8 @@ class Monarch(Method):
             If no matrix has these roles, one is smaller than ``nblocks``, or another method holds
             one; the model is then as it was.
         """
-        chosen = find_sites(model).select(self.roles)
+        found = find_sites(model)
+        chosen = found.select(self.roles)
         sites = tuple(s for s in chosen if s.expert is None and s.role != "experts.router")
         if not sites:
             raise GossamerError(
@@ -140,7 +144,8 @@ class Monarch(Method):
                 work.put(site, layer)
                 if progress is not None:
                     progress(index + 1, len(sites), "projecting")
-            self._note(work, len({s.module for s in chosen if s.expert is not None}), error / size)
+            stacks = len({s.module for s in found.sites if s.expert is not None})
+            self._note(work, stacks, error / size)
             self._train(work, tokens, progress)
         except BaseException:
             work.restore()

@@ -22,8 +22,8 @@ from gossamer.core import (
     unpack_bits,
 )
 from gossamer.methods.weights.structured.isoflop import (
+    Activation,
     MaskedLinear,
-    Nonlinearity,
     SparseDoped,
     SparseFactorized,
     SparseParallel,
@@ -62,8 +62,9 @@ class SparseIFT(Method):
     transform : ``wide`` multiplies the inner width of every MLP by 1 / (1 - s), in the model's
         configuration too; ``parallel``, ``factorized`` and ``doped`` replace matrix by matrix.
     sparsity : of the sparse matrices; for ``parallel`` 1 - 1/k.
-    roles : matrices for the three transforms by matrix; ``wide`` always takes whole MLPs.
-    nonlinearity : ``relu`` inside ``parallel`` and ``factorized``; those layers then amount to no
+    roles : matrices for the three transforms by matrix, also as text with commas; ``wide``
+        always takes whole MLPs.
+    activation : ``relu`` inside ``parallel`` and ``factorized``; those layers then amount to no
         matrix, so plain transformers cannot read what was trained.
     masks : ``static``, or ``rigl`` to move 30 % of the weights at first, less later.
     every : steps between moves of masks.
@@ -108,8 +109,8 @@ class SparseIFT(Method):
 
     transform: Transform = "wide"
     sparsity: float = 0.75
-    roles: tuple[str, ...] = ("mlp",)
-    nonlinearity: Nonlinearity = "none"
+    roles: tuple[str, ...] | str = ("mlp",)
+    activation: Activation = "linear"
     masks: Masks = "rigl"
     every: int = 100
     steps: int = 0
@@ -120,18 +121,20 @@ class SparseIFT(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if isinstance(self.roles, str):
+            object.__setattr__(self, "roles", tuple(self.roles.split(",")))
         for name, kind in (
             ("transform", Transform),
-            ("nonlinearity", Nonlinearity),
+            ("activation", Activation),
             ("masks", Masks),
         ):
             if getattr(self, name) not in get_args(kind):
                 raise unknown(name, getattr(self, name), get_args(kind))
         if self.transform == "parallel":
             parallel_branches(self.sparsity)
-        if self.nonlinearity != "none" and self.transform not in ("parallel", "factorized"):
+        if self.activation != "linear" and self.transform not in ("parallel", "factorized"):
             raise GossamerError(
-                f"transform {self.transform} has no place for {self.nonlinearity}; "
+                f"transform {self.transform} has no place for {self.activation}; "
                 "use parallel or factorized"
             )
         if not 0.0 <= self.decay < float("inf"):
@@ -207,7 +210,7 @@ class SparseIFT(Method):
                 return MaskedLinear(in_wide, out_wide, has, kept=wide.kept_of(site), **options)
             case "parallel" | "factorized":
                 kind = SparseParallel if self.transform == "parallel" else SparseFactorized
-                options |= {"sparsity": self.sparsity, "nonlinearity": self.nonlinearity}
+                options |= {"sparsity": self.sparsity, "activation": self.activation}
                 return kind(in_features, out_features, has, **options)
             case "doped":
                 return SparseDoped(
@@ -319,7 +322,7 @@ class Transformed(Replaced):
         return [m for m in self.modules.values() if isinstance(m, MaskedModule)]
 
     def _foldable(self) -> bool:
-        return self.method.nonlinearity == "none"
+        return self.method.activation == "linear"
 
     def plain(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         if self._foldable():

@@ -23,15 +23,15 @@ from gossamer.methods.weights.structured.sizes import (
 )
 
 __all__ = [
+    "Activation",
     "MaskedLinear",
-    "Nonlinearity",
     "SparseDoped",
     "SparseFactorized",
     "SparseParallel",
     "sparse_wide",
 ]
 
-Nonlinearity = Literal["none", "relu"]
+Activation = Literal["linear", "relu"]
 
 
 class MaskedLinear(MaskedModule, nn.Linear):
@@ -110,7 +110,7 @@ class SparseParallel(MaskedModule):
 
     Parameters
     ----------
-    nonlinearity : phi, ``none`` or ``relu``. A following batch norm is the network's own affair.
+    activation : phi, ``linear`` or ``relu``. A following batch norm is the network's own affair.
 
     Source: arXiv 2303.11525, §3. Departs from the released code: no batch norm in a branch.
     """
@@ -122,7 +122,7 @@ class SparseParallel(MaskedModule):
         bias: bool = True,
         *,
         sparsity: float,
-        nonlinearity: Nonlinearity = "none",
+        activation: Activation = "linear",
         gain: float = sqrt(2.0),
         generator: torch.Generator | None = None,
         device: Any = None,
@@ -130,7 +130,7 @@ class SparseParallel(MaskedModule):
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
-        self.nonlinearity = nonlinearity
+        self.activation = activation
         K = parallel_branches(sparsity)
         kept = kept_count(K * in_features * out_features, sparsity)
         options = options_of(device, dtype, generator)
@@ -141,18 +141,18 @@ class SparseParallel(MaskedModule):
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.live("weight")
-        if self.nonlinearity == "none":
+        if self.activation == "linear":
             return linear(x, weight.sum(0), self.bias)
         y = linear(x, weight.flatten(0, 1)).unflatten(-1, weight.shape[:2]).relu().sum(-2)
         return y if self.bias is None else y + self.bias
 
     def dense(self) -> Tensor:
-        _linear_only(self.nonlinearity)
+        _linear_only(self.activation)
         return self.live("weight").sum(0)
 
     def folded_norm(self) -> Tensor:
         weight = self.live("weight")
-        return (weight if self.nonlinearity != "none" else weight.sum(0)).square().sum()
+        return (weight if self.activation != "linear" else weight.sum(0)).square().sum()
 
 
 class SparseFactorized(MaskedModule):
@@ -160,7 +160,7 @@ class SparseFactorized(MaskedModule):
 
     Parameters
     ----------
-    nonlinearity : phi, ``none`` or ``relu``.
+    activation : phi, ``linear`` or ``relu``.
 
     Source: arXiv 2303.11525, §3. Departs from the released code: phi has no batch norm.
     """
@@ -172,7 +172,7 @@ class SparseFactorized(MaskedModule):
         bias: bool = True,
         *,
         sparsity: float,
-        nonlinearity: Nonlinearity = "none",
+        activation: Activation = "linear",
         gain: float = sqrt(2.0),
         generator: torch.Generator | None = None,
         device: Any = None,
@@ -180,10 +180,10 @@ class SparseFactorized(MaskedModule):
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
-        self.nonlinearity = nonlinearity
+        self.activation = activation
         D = factorized_width(in_features, out_features, sparsity)
         options = options_of(device, dtype, generator)
-        inner = 1.0 if nonlinearity == "none" else sqrt(2.0)
+        inner = 1.0 if activation == "linear" else sqrt(2.0)
         for name, shape, power in (("U", (D, in_features), inner), ("V", (out_features, D), gain)):
             kept = kept_count(shape[0] * shape[1], sparsity)
             self._masked_parameter(name, shape, kept, options)
@@ -192,14 +192,14 @@ class SparseFactorized(MaskedModule):
 
     def forward(self, x: Tensor) -> Tensor:
         z = linear(x, self.live("U"))
-        return linear(z if self.nonlinearity == "none" else z.relu(), self.live("V"), self.bias)
+        return linear(z if self.activation == "linear" else z.relu(), self.live("V"), self.bias)
 
     def dense(self) -> Tensor:
-        _linear_only(self.nonlinearity)
+        _linear_only(self.activation)
         return self.live("V") @ self.live("U")
 
     def folded_norm(self) -> Tensor:
-        if self.nonlinearity != "none":
+        if self.activation != "linear":
             return self.live("U").square().sum() + self.live("V").square().sum()
         return self.dense().square().sum()
 
@@ -250,8 +250,8 @@ class SparseDoped(MaskedModule):
         return product.square().sum() + self.live("weight").square().sum()
 
 
-def _linear_only(nonlinearity: str) -> None:
-    if nonlinearity != "none":
+def _linear_only(activation: str) -> None:
+    if activation != "linear":
         raise GossamerError(
-            f"a layer with {nonlinearity} inside amounts to no matrix; use nonlinearity none"
+            f"a layer with {activation} inside amounts to no matrix; use activation linear"
         )
