@@ -56,7 +56,6 @@ def _classifier() -> Any:
         num_attention_heads=4,
         max_position_embeddings=LENGTH,
         hidden_act="relu",
-        num_labels=2,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

@@ -29,6 +29,8 @@ class LowRank(nn.Module):
     Source: arXiv 2106.09685, §4.1.
     """
 
+    model: nn.Module
+
     def __init__(
         self,
         model: nn.Module,

@@ -183,6 +183,9 @@ def _learning(model: nn.Module, chosen: list[nn.Parameter]) -> Iterator[None]:
     every = list(dict.fromkeys([*model.parameters(), *chosen]))
     before = [(p, p.requires_grad, p.grad) for p in every]
     wanted = {id(p) for p in chosen}
+    # Classifiers of transformers note in their configuration which loss their labels meant.
+    config = getattr(model, "config", None)
+    problem = getattr(config, "problem_type", None)
     try:
         for parameter in every:
             parameter.requires_grad_(id(parameter) in wanted)
@@ -192,3 +195,5 @@ def _learning(model: nn.Module, chosen: list[nn.Parameter]) -> Iterator[None]:
         for parameter, wants, gradient in before:
             parameter.requires_grad_(wants)
             parameter.grad = gradient
+        if config is not None and getattr(config, "problem_type", None) != problem:
+            config.problem_type = problem

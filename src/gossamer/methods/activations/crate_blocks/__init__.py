@@ -1,0 +1,1 @@
+"""White-box transformer blocks: compression by subspace attention, sparsification by ISTA."""

@@ -1,0 +1,1 @@
+"""Networks over streams of frames: layers that compute with what changed."""
