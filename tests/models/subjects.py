@@ -12,6 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.models import Tokens
+from tests.models.clips import (
+    labelled_images,
+    pixels,
+    shapes,
+    stream_net,
+    streamed,
+    wrong_labels,
+)
 from tests.models.tiny import tiny_model
 from tests.models.vision import images, logits, mobilenet
 from tests.models.vlm import image_prompt, tiny_vlm
@@ -53,6 +61,11 @@ def _image_logits(model: nn.Module) -> Tensor:
         return model(**image_prompt()).logits
 
 
+def _class_logits(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        return model(pixel_values=pixels(6, 2)).logits
+
+
 def _unknown_words() -> Tokens:
     tokens = Tokens.from_ids(torch.full((2, 8), 3))
     object.__setattr__(tokens, "input_ids", torch.full((2, 8), 10_000))
@@ -67,6 +80,13 @@ SUBJECTS: dict[str, Subject] = {
         broken=_unknown_words,
     ),
     "vision model": Subject(build=mobilenet, data=images, outputs=logits),
+    "vision transformer": Subject(
+        build=lambda: tiny_model("vit"),
+        data=labelled_images,
+        outputs=_class_logits,
+        broken=wrong_labels,
+    ),
+    "stream model": Subject(build=stream_net, data=shapes, outputs=streamed),
     "vision-language model": Subject(
         build=tiny_vlm,
         data=lambda: None,
