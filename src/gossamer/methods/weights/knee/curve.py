@@ -24,7 +24,7 @@ _MOST_POINTS = 1000
 
 
 def parse_sweep(text: str) -> tuple[float, ...]:
-    """Sparsities from ``start:stop:step`` (both ends included) or a list ``0.1,0.2,0.5``.
+    """Sparsities from ``start:stop:step`` (both ends included) or a list: ``0.1,0.2`` or ``0.1 0.2``.
 
     >>> parse_sweep("0.2:0.8:0.2")
     (0.2, 0.4, 0.6, 0.8)
@@ -48,7 +48,7 @@ def parse_sweep(text: str) -> tuple[float, ...]:
                 raise wrong
             shares = tuple(round(start + i * step, 12) for i in range(count))
         else:
-            shares = tuple(float(part) for part in text.split(",") if part.strip())
+            shares = tuple(float(part) for part in text.replace(",", " ").split())
     except (ValueError, ZeroDivisionError, OverflowError):
         raise wrong from None
     rising = all(b > a for a, b in pairwise(shares))
