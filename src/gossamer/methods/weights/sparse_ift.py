@@ -317,6 +317,11 @@ class Transformed(Replaced):
             f"({new / old - 1:+.2%}), counted; with dense kernels they run over "
             f"{sum(m.sparse_size for m in self._layers()):,} entries"
         )
+        if not self._foldable():
+            self.warnings.append(
+                f"layers with {self.method.activation} inside amount to no matrix: plain "
+                "transformers will read the layers they replaced"
+            )
 
     def _layers(self) -> list[MaskedModule]:
         return [m for m in self.modules.values() if isinstance(m, MaskedModule)]
