@@ -262,7 +262,7 @@ def _places(work: Accelerated) -> list[_Place]:
     slots: dict[int, list[tuple[nn.Module, str]]] = {}
     owners: dict[int, int] = {}
     for parent in work.model.modules():
-        for attribute, child in parent.named_children():
+        for attribute, child in parent._modules.items():  # children() skips repetitions
             slots.setdefault(id(child), []).append((parent, attribute))
         for parameter in parent.parameters(recurse=False):
             owners[id(parameter)] = owners.get(id(parameter), 0) + 1

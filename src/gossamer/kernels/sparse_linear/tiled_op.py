@@ -69,7 +69,7 @@ def tiled_linear(x: Tensor, tiled: Tiled, bias: Tensor | None = None) -> Tensor:
             f"this matrix takes {tiled.dtype} inputs of {tiled.shape[1]} features; "
             f"got {x.dtype} {tuple(x.shape)}"
         )
-    flat = x.reshape(-1, x.shape[-1])
+    flat = x.reshape(x.shape[:-1].numel(), x.shape[-1])
     kind = KINDS.index(tiled.kind)
     result = torch.ops.gossamer.tiled_linear(flat, *tiled.tensors, *tiled.shape, kind)
     result = result.view(*x.shape[:-1], tiled.shape[0])
