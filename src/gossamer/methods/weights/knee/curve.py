@@ -24,7 +24,7 @@ _MOST_POINTS = 1000
 
 
 def parse_sweep(text: str) -> tuple[float, ...]:
-    """Sparsities from ``start:stop:step`` (both ends included) or a list: ``0.1,0.2`` or ``0.1 0.2``.
+    """Sparsities from ``start:stop:step`` with both ends, or a list, ``0.1,0.2`` or ``0.1 0.2``.
 
     >>> parse_sweep("0.2:0.8:0.2")
     (0.2, 0.4, 0.6, 0.8)
