@@ -21,7 +21,7 @@ from gossamer.methods.activations.calibration import (
     BlockError,
     OutputError,
     active_experts,
-    sketch_of,
+    sketches_of,
     strangeness,
     trial_data,
     up_rms,
@@ -196,6 +196,9 @@ class Thresholded(Gated):
     up_weighted: ClassVar[bool] = False
     """Whether c_j of neurons has the factor rms(u_j), measured on the calibration data."""
 
+    sizes_too: ClassVar[bool] = False
+    """Whether quantiles of |v| are needed beside those of a weighted score."""
+
     sparsity: float = 0.4
     allocation: Allocation = "uniform"
     step: float = 0.05
@@ -228,9 +231,11 @@ class Thresholded(Gated):
         places = self._places(model, sites, block)
         return tuple(tap.weighed(model, self.channel_weight) for tap in places)
 
-    def _sketches(self, model: nn.Module, block: Block, tap: Tap) -> dict[str, QuantileSketch]:
-        """What :meth:`_gate` will look quantiles up in, the tap's own under its name."""
-        return {} if self.policy == "topk" else {tap.name: sketch_of(model, block, tap)}
+    def _sketches(
+        self, model: nn.Module, block: Block, taps: tuple[Tap, ...]
+    ) -> dict[str, QuantileSketch]:
+        """What :meth:`_gate` will look quantiles up in, a tap's own under its name."""
+        return {} if self.policy == "topk" else sketches_of(model, block, taps)
 
     def _gate(self, tap: Tap, share: float, sketches: Mapping[str, QuantileSketch]) -> Gate:
         """The gate of a place at a sparsity."""
@@ -265,10 +270,11 @@ class Thresholded(Gated):
             here = taps[block.index]
             if self.up_weighted:
                 taps[block.index] = here = tuple(self._with_rms(model, block, t) for t in here)
-            for tap in here:
-                sketches.update(self._sketches(model, block, tap))
+            sketches.update(self._sketches(model, block, here))
 
-        plain = any(t.weight is None and not t.ups for here in taps.values() for t in here)
+        plain = self.sizes_too or any(
+            t.weight is None and not t.ups for here in taps.values() for t in here
+        )
         stream(
             model,
             data,

@@ -23,6 +23,7 @@ __all__ = [
     "observed",
     "outputs",
     "sketch_of",
+    "sketches_of",
     "strangeness",
     "token_loss",
     "trial_data",
@@ -40,12 +41,15 @@ def active_experts(model: Any, sites: SiteMap) -> float:
     return model.config.get_text_config().num_experts_per_tok / count
 
 
-def observed(model: nn.Module, block: Block, tap: Tap, see: See, *, ups: bool = False) -> None:
-    """Run a block over its calibration inputs and show a tap's real rows to ``see``."""
+def observed(
+    model: nn.Module, block: Block, sees: Iterable[tuple[Tap, See]], *, ups: bool = False
+) -> None:
+    """Run a block once over its calibration inputs and show the real rows of each tap."""
     positions = Positions(dense_prefix=0)
     gates = Gates(model, positions)
     try:
-        gates.observe(tap, see, ups=ups)
+        for tap, see in sees:
+            gates.observe(tap, see, ups=ups)
         for batch in block.batches():
             positions.begin(mask=batch.valid, shape=batch.valid.shape)
             block.run(batch)
@@ -53,25 +57,46 @@ def observed(model: nn.Module, block: Block, tap: Tap, see: See, *, ups: bool = 
         gates.remove()
 
 
+def sketches_of(model: nn.Module, block: Block, taps: Iterable[Tap]) -> dict[str, QuantileSketch]:
+    """Quantiles of the score of every tap over the calibration tokens, by name.
+
+    Those of |x| come from the driver where it has them; all others take one run of the block.
+    """
+    found: dict[str, QuantileSketch] = {}
+    sees: list[tuple[Tap, See]] = []
+    for tap in taps:
+        known = [block.stats.get(site.name, {}).get(Stat.INPUT_QUANTILES) for site in tap.sites]
+        parts = [part for part in known if part is not None]
+        if tap.weight is None and not tap.ups and len(parts) == len(known):
+            merged = QuantileSketch(tap.features, parts[0].counts.device)
+            for part in parts:
+                merged.counts += part.counts
+                merged.tokens += part.tokens
+            found[tap.name] = merged
+        else:
+            sketch, see = _sketching(model, tap)
+            found[tap.name] = sketch
+            sees.append((tap, see))
+    if sees:
+        observed(model, block, sees)
+    return found
+
+
 def sketch_of(model: nn.Module, block: Block, tap: Tap) -> QuantileSketch:
-    """Quantiles of the tap's score over the calibration tokens, from the driver if it has them."""
-    measured = block.stats.get(tap.sites[0].name, {})
-    if tap.weight is None and not tap.ups and Stat.INPUT_QUANTILES in measured:
-        known = [block.stats[site.name][Stat.INPUT_QUANTILES] for site in tap.sites]
-        merged = QuantileSketch(tap.features, known[0].counts.device)
-        for part in known:
-            merged.counts += part.counts
-            merged.tokens += part.tokens
-        return merged
+    """Quantiles of the score of one tap: see :func:`sketches_of`."""
+    return sketches_of(model, block, [tap])[tap.name]
+
+
+def _sketching(model: nn.Module, tap: Tap) -> tuple[QuantileSketch, See]:
     # The driver's sketch is of |x| over all channels; weights change the order.
-    device = next(model.parameters()).device if tap.weight is None else tap.weight.device
+    weight = tap.weight
+    device = next(model.parameters()).device if weight is None else weight.device
     sketch = QuantileSketch(tap.features, device)
 
     def see(rows: Tensor, expert: int | None) -> None:
-        sketch.update(rows if tap.weight is None else rows * tap.weight)
+        sketch.update(rows if weight is None else rows * weight)
 
-    observed(model, block, tap, see)
-    return sketch
+    return sketch, see
 
 
 def up_rms(model: nn.Module, block: Block, tap: Tap) -> Tensor | None:
@@ -88,7 +113,7 @@ def up_rms(model: nn.Module, block: Block, tap: Tap) -> Tensor | None:
         sums = sums.to(rows.device) + rows.float().square().sum(0)
         count += len(rows)
 
-    observed(model, block, tap, see, ups=True)
+    observed(model, block, [(tap, see)], ups=True)
     return (sums / max(1, count)).sqrt().float()
 
 

@@ -218,9 +218,13 @@ class GatedModel(Applied):
 
         What must be read beside them is counted against it: low-rank paths, rotations.
         """
+        return max(0, self._balance())
+
+    def _balance(self) -> int:
+        """Bytes saved, below zero where a repair or a rotation reads more than gates save."""
         gates = self.gates.values()
         saved = fsum(self._saved(gate) * self._width(gate) for gate in gates)
-        return max(0, int(saved) - (self._beneath.nbytes if self._beneath else 0))
+        return int(saved) - (self._beneath.nbytes if self._beneath else 0)
 
     def _width(self, gate: Gate) -> int:
         # An activation function has no weights; those it decides on lie beside it.
@@ -243,7 +247,7 @@ class GatedModel(Applied):
     def _notes(self) -> tuple[str, ...]:
         gates = self.gates.values()
         dense = self._block_bytes()
-        read = dense - self.weight_bytes_saved()
+        read = dense - self._balance()
         share = read / dense if dense else 1.0
         embedding, head = self._outside()
         positions = self._gates.positions

@@ -21,7 +21,7 @@ from gossamer.core import GossamerError, QuantileSketch, Site
 from gossamer.methods.activations.calibration import (
     active_experts,
     observed,
-    sketch_of,
+    sketches_of,
     token_loss,
 )
 from gossamer.methods.activations.gates import Gate, Tap, input_taps
@@ -164,7 +164,7 @@ class _Errors:
             seen += len(rows)
             parts.setdefault(expert or 0, []).append(rows[first::stride].clone())
 
-        observed(model, block, tap, see)
+        observed(model, block, [(tap, see)])
         self.parts: list[tuple[Tensor, Tensor, Tensor]] = []
         for expert, found in parts.items():
             rows, weight = torch.cat(found).float(), tap.sites[expert].weight(model).float()
@@ -184,7 +184,7 @@ def _curve(
     model: nn.Module, block: Block, tap: Tap, levels: Sequence[float], shares: Sequence[float]
 ) -> Curve:
     tap = tap.weighed(model, column_norms)
-    sketch = sketch_of(model, block, tap)
+    sketch = sketches_of(model, block, [tap])[tap.name]
     error = _Errors(model, block, tap, sketch.tokens)
     # The sketch's last quantile is the middle of a bin; a hair more takes in its whole bin.
     points = {0.0: 0.0} | {t: error(t) for s in shares if (t := sketch.quantile(s) * 1.002) > 0}
