@@ -26,6 +26,7 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+@cache
 def usable(device: torch.device | str) -> bool:
     """Whether the Triton kernel runs on a device: a GPU of compute capability 8.0 or more."""
     device = torch.device(device)
@@ -70,10 +71,19 @@ def tiled_linear(x: Tensor, tiled: Tiled, bias: Tensor | None = None) -> Tensor:
             f"got {x.dtype} {tuple(x.shape)}"
         )
     flat = x.reshape(x.shape[:-1].numel(), x.shape[-1])
-    kind = KINDS.index(tiled.kind)
-    result = torch.ops.gossamer.tiled_linear(flat, *tiled.tensors, *tiled.shape, kind)
+    if _plain(x) and usable(x.device):
+        result = _run(flat, tiled)
+    else:
+        kind = KINDS.index(tiled.kind)
+        result = torch.ops.gossamer.tiled_linear(flat, *tiled.tensors, *tiled.shape, kind)
     result = result.view(*x.shape[:-1], tiled.shape[0])
     return result if bias is None else result + bias
+
+
+def _plain(x: Tensor) -> bool:
+    """Whether neither a compiler nor autograd needs to see the operator, which costs 20 us."""
+    seen = torch.compiler.is_compiling() or type(x) is not Tensor
+    return not seen and not (torch.is_grad_enabled() and x.requires_grad)
 
 
 def _run(x: Tensor, tiled: Tiled, unroll: int = 1) -> Tensor:
