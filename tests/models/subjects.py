@@ -20,6 +20,7 @@ from tests.models.clips import (
     streamed,
     wrong_labels,
 )
+from tests.models.dynamics import broken, perceptron, predictions, pushes
 from tests.models.tiny import tiny_model
 from tests.models.vision import images, logits, mobilenet
 from tests.models.vlm import image_prompt, tiny_vlm
@@ -92,4 +93,5 @@ SUBJECTS: dict[str, Subject] = {
         data=lambda: None,
         outputs=_image_logits,
     ),
+    "dynamics model": Subject(build=perceptron, data=pushes, outputs=predictions, broken=broken),
 }

@@ -1,0 +1,1 @@
+"""Learned dynamics with few ReLUs, and planning through them by mixed-integer programming."""
