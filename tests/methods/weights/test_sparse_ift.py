@@ -195,3 +195,16 @@ def test_an_interrupt_leaves_no_trace():
 def test_impossible_parameters(values, message):
     with pytest.raises(GossamerError, match=message):
         SparseIFT(**values)
+
+
+def test_densify_multiplies_out_what_has_the_old_shape():
+    model = tiny_model("llama")
+    applied = SparseIFT(transform="doped", sparsity=0.5).apply(model)
+    expected = outputs(model)
+    applied.densify()
+    assert type(model.model.layers[0].mlp.up_proj) is torch.nn.Linear
+    torch.testing.assert_close(outputs(model), expected, atol=1e-4, rtol=1e-4)
+    wide = SparseIFT(sparsity=0.5).apply(model)
+    with pytest.raises(GossamerError, match="became wider"):
+        wide.densify()
+    assert at_work(model) == (wide,)
