@@ -62,7 +62,8 @@ class SparsingLaw(Gated):
     percent : growth of the perplexity, above 0; the paper's p.
     rule : ``cett`` bisects one error level of all layers; its baselines ``topk`` (the same count
         for every token and layer, by the activated gate), ``fat`` (one threshold on the activated
-        gate), and ``plain`` (one threshold on |a_j|, blind to what neurons write).
+        gate), ``plain`` (one threshold on |a_j|), and the ablation ``unweighted`` (CETT's levels,
+        neurons dropped in the order of |a_j|).
     tokens : most calibration tokens the perplexity is searched on; thresholds use all of them.
 
     Source: arXiv 2411.02335, section 3 and appendix.
@@ -173,7 +174,7 @@ class SparsingLaw(Gated):
 
     def _places(self, model: nn.Module, sites: SiteMap, block: int) -> tuple[Tap, ...]:
         active, inside = active_experts(model, sites), sites.in_block(block)
-        if self.rule in ("cett", "plain"):
+        if self.rule not in ("topk", "fat"):
             return input_taps(inside, DOWN_ROLES, active)
         return neuron_taps(model, inside, active)
 

@@ -5,20 +5,25 @@ baselines move a count per token or a threshold on the activated gate, common to
 """
 
 from collections.abc import Callable
+from itertools import accumulate
 from typing import Literal
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from gossamer.core import QuantileSketch
-from gossamer.methods.activations.calibration import active_experts, sketch_of
+from gossamer.methods.activations.calibration import active_experts, observed, sketches_of
 from gossamer.methods.activations.gates import Gate, Tap, input_taps
-from gossamer.methods.activations.levels import DOWN_ROLES, cett_curves
+from gossamer.methods.activations.levels import DOWN_ROLES, Curve, Curves, cett, cett_curves
 from gossamer.methods.activations.neurons import neuron_taps
 from gossamer.models import Block, Progress, SiteMap, Tokens, stream
 
 __all__ = ["Rule", "gates_by"]
 
-Rule = Literal["cett", "topk", "fat", "plain"]
+Rule = Literal["cett", "topk", "fat", "plain", "unweighted"]
+
+_SHARES = tuple(i / 16 for i in range(1, 17))
+_ROWS = 1024
 
 
 def gates_by(
@@ -36,8 +41,9 @@ def gates_by(
     ----------
     rule : ``cett``, the same mean error of every layer's output; ``topk``, the same number of
         neurons for every token and layer by |activated gate|; ``fat``, one threshold on |activated
-        gate|; ``plain``, one threshold on |a_j|, without what the neuron writes. The level of the
-        last two is a quantile over all layers.
+        gate|; ``plain``, one threshold on |a_j|, without what the neuron writes; the level of these
+        two is a quantile over all layers. ``unweighted`` is ``cett`` with neurons dropped in the
+        order of |a_j|: what the column norms are worth.
     data : calibration tokens.
     """
     if rule == "cett":
@@ -46,13 +52,63 @@ def gates_by(
     taps: list[Tap] = []
     for block in range(len(sites.blocks)):
         inside = sites.in_block(block)
-        plain = rule == "plain"
+        plain = rule in ("plain", "unweighted")
         taps += (
             input_taps(inside, DOWN_ROLES, active) if plain else neuron_taps(model, inside, active)
         )
     if rule == "topk":
         return lambda level: [tap.gate_keeping(level) for tap in taps]
-    return _common_threshold(model, sites, taps, data, batch_size, progress)
+    common = _unweighted if rule == "unweighted" else _common_threshold
+    return common(model, sites, taps, data, batch_size, progress)
+
+
+def _unweighted(
+    model: nn.Module,
+    sites: SiteMap,
+    taps: list[Tap],
+    data: Tokens,
+    batch_size: int,
+    progress: Progress | None,
+) -> Callable[[float], list[Gate]]:
+    curves: list[Curve] = []
+
+    def visit(block: Block) -> None:
+        for tap in (tap for tap in taps if tap.block == block.index):
+            curves.append(_plain_curve(model, block, tap))
+
+    stream(
+        model,
+        data,
+        frozenset(),
+        visit,
+        sites=sites,
+        batch_size=batch_size,
+        recompute=False,
+        progress=progress,
+    )
+    return Curves(tuple(curves)).gates
+
+
+def _plain_curve(model: nn.Module, block: Block, tap: Tap) -> Curve:
+    """Mean CETT of a layer by a threshold on |a_j|, at 16 quantiles."""
+    sketch = sketches_of(model, block, [tap])[tap.name]
+    stride, parts = max(1, -(-sketch.tokens // _ROWS)), dict[int, list[Tensor]]()
+
+    def see(rows: Tensor, expert: int | None) -> None:
+        parts.setdefault(expert or 0, []).append(rows[::stride].clone())
+
+    observed(model, block, [(tap, see)])
+    points = {0.0: 0.0}
+    for share in _SHARES:
+        threshold, total, count = sketch.quantile(share) * 1.002, 0.0, 0
+        for expert, found in parts.items():
+            weight = tap.sites[expert].weight(model)
+            lost = cett(torch.cat(found), weight, threshold, torch.ones(tap.features))
+            total, count = total + float(lost.double().sum()), count + len(lost)
+        points[threshold] = total / max(1, count)
+    thresholds = sorted(points)
+    errors = list(accumulate((points[t] for t in thresholds), max))
+    return Curve(tap, tuple(thresholds), tuple(errors), sketch)
 
 
 def _common_threshold(
@@ -66,9 +122,8 @@ def _common_threshold(
     sketches: dict[str, QuantileSketch] = {}
 
     def visit(block: Block) -> None:
-        for tap in taps:
-            if tap.block == block.index:
-                sketches[tap.name] = sketch_of(model, block, tap)
+        here = [tap for tap in taps if tap.block == block.index]
+        sketches.update(sketches_of(model, block, here))
 
     stream(
         model,
