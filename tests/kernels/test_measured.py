@@ -152,6 +152,14 @@ def test_a_call_costs_the_least_it_took(monkeypatch):
     assert choice.milliseconds == pytest.approx({"dense": 1.0, "other": 9.0})
 
 
+def test_a_longer_launch_costs_dense_and_the_difference():
+    work = {"dense": 0.1, "sparse": 0.05, "light": 0.05, "slow": 0.3}
+    host = {"dense": 0.01, "sparse": 0.05, "light": 0.011, "slow": 0.05}
+    assert measured._with_launches(work, host) == pytest.approx(
+        {"dense": 0.1, "sparse": 0.14, "light": 0.05, "slow": 0.3}
+    )
+
+
 def test_threads_are_put_back_after_an_error():
     def broken() -> None:
         raise RuntimeError("broken")

@@ -191,3 +191,24 @@ def test_bad_options_are_named(options, message):
     methods = options.pop("methods", "magnitude")
     with pytest.raises(GossamerError, match=message):
         compare("nano", methods, **{**SMALL, **options})
+
+
+def test_accelerated_weights_earn_a_speed_and_real_bytes(monkeypatch, tmp_path):
+    from gossamer.execute import choose
+    from gossamer.kernels import measured
+
+    def halves(key, candidates, **_):
+        found = {name: 1.0 if name == "dense" else 0.5 for name in candidates}
+        return measured.Choice("dense", found)
+
+    monkeypatch.setattr(choose, "fastest", halves)
+    rows = compare("nano", ["magnitude:pattern=row"], sparsity=0.9, accelerate=True, **SMALL)
+    row = next(row for row in rows if row["method"] == "magnitude")
+    plain = compare("nano", ["magnitude:pattern=row"], sparsity=0.9, **SMALL)
+    masked = next(row for row in plain if row["method"] == "magnitude")
+    assert masked["simulated"]
+    assert not row["simulated"]
+    assert row["bytes_moved"] < masked["bytes_moved"]
+    assert row["bytes_moved"] >= row["bytes_moved_limit"]
+    assert "linear layers accelerated" in row["note"]
+    assert row["loss"] == masked["loss"]

@@ -45,6 +45,7 @@ def compare(
     jobs: int = 1,
     engine: Literal["local", "ray"] = "local",
     timed: bool = True,
+    accelerate: Annotated[bool, Parameter(negative=())] = False,
     allow_pickle: Annotated[bool, Parameter(negative=())] = False,
     json: Annotated[bool, Parameter(negative=())] = False,
 ) -> None:
@@ -90,6 +91,8 @@ def compare(
         local, or ray for a Ray cluster ($RAY_ADDRESS; a local one without it).
     timed
         Measure speed where a method really runs faster; --no-timed skips it.
+    accelerate
+        Run pruned weights on the kernels that measure fastest here, and time that.
     allow_pickle
         Read a model that has only .bin weights (as tensors only, no code).
     json
@@ -108,6 +111,7 @@ def compare(
         batch_size=batch_size,
         seed=seed,
         timed=timed,
+        accelerate=accelerate,
         allow_pickle=allow_pickle,
     )
     cells = grid(_words(methods), _numbers(sparsity), _words(pattern), seed)

@@ -49,6 +49,10 @@ app.command(
     help="Average copies of a model that were retrained under one mask.",
 )
 app.command(
+    "gossamer.cli.accelerate:accelerate",
+    help="Run a sparse model on the kernels that measure fastest, and time it.",
+)
+app.command(
     "gossamer.cli.claim:claim",
     help="Run the papers' claims, scaled down.",
 )

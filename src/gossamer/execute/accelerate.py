@@ -201,7 +201,9 @@ def accelerate(
     keep_dense : None keeps dense weights where a range runs dense; True always; False never:
         then every range runs on the best form, even where dense is faster.
     margin : share of dense's time that a form must save.
-    launches : on a GPU, count what a launch costs the host; False where CUDA graphs replay it.
+    launches : on a GPU, take no form whose launch costs the host more than dense's does, which
+        slows decoding wherever the host is behind, as in plain ``generate``. False where CUDA
+        graphs replay the model: then only the device's time counts.
     report : called with the table of choices; None for silence.
     progress : called with (groups done, groups, what).
 
@@ -316,6 +318,11 @@ def _fill(
         group = Group.of(weight, sparsity, how.dtype)
         members.setdefault(group.key, []).append(place)
         groups.setdefault(group.key, group)
+    if how.launches and work.setting and any(g.device.type == "cuda" for g in groups.values()):
+        work.notes.append(
+            "forms that take the host longer to launch than dense are not taken; pass "
+            "launches=False where CUDA graphs replay the model"
+        )
     if plain:
         work.notes.append(f"{plain} layers with less than {_LEAST:.0%} zeros stay dense")
     work.notes += [f"{count} layers stay dense: {reason}" for reason, count in refused.items()]

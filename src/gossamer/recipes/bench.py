@@ -10,6 +10,7 @@ from torch import nn
 
 from gossamer.core import check_count
 from gossamer.evaluate import Reference, Speed, footprint, score, speed
+from gossamer.execute import accelerate
 from gossamer.models import (
     Applied,
     Progress,
@@ -42,6 +43,7 @@ class Setup:
     batch_size : windows per forward pass. seed : draws calibration windows.
     threads : CPU threads of a worker, or None to leave them.
     timed : measure speed where a method really runs faster.
+    accelerate : run pruned weights on the kernels that measure fastest, and time that.
     """
 
     model: str
@@ -57,6 +59,7 @@ class Setup:
     threads: int | None = None
     timed: bool = True
     allow_pickle: bool = False
+    accelerate: bool = False
 
     def __post_init__(self) -> None:
         for name in ("samples", "windows", "batch_size"):
@@ -160,9 +163,16 @@ class Bench:
         sizes = footprint(self.model, applied, context=self.evaluation.length, sites=self.sites)
         report = None if applied is None else applied.report()
         simulated = applied is not None and applied.simulated
-        rate = None
+        rate, moved, note = None, sizes.bytes_moved, None
         if setup.timed and not simulated:
             rate = self._speed()
+        elif setup.accelerate and applied is not None and report and report.unit == "weights":
+            with accelerate(self.model, keep_dense=True, report=None) as faster:
+                simulated = not faster.layers
+                moved += faster.bytes_moved() - faster.dense_bytes
+                note = str(faster).splitlines()[0]
+                if setup.timed and not simulated:
+                    rate = self._speed()
         return {
             "method": cell.label,
             "family": cell.method.card.family if cell.method else None,
@@ -180,7 +190,7 @@ class Bench:
             "calibration": f"{len(self.calibration)} windows of {self.calibration.length} tokens",
             "kl_positions": len(self.reference.positions),
             "bytes_stored": sizes.bytes_stored,
-            "bytes_moved": sizes.bytes_moved,
+            "bytes_moved": moved,
             "bytes_moved_limit": sizes.bytes_moved_limit,
             "tokens_per_second": None if rate is None else round(rate.decode.median, 2),
             "dense_tokens_per_second": None,
@@ -190,9 +200,13 @@ class Bench:
             "settings": cell.method.to_dict() if cell.method else {},
             "model_parameters": sizes.parameters,
             "layers": [] if report is None else [_layer(row) for row in report.rows],
-            "note": None if report is None else "; ".join(report.notes + report.warnings) or None,
+            "note": None if report is None else _joined(report.notes, report.warnings, note),
             "warnings": [] if report is None else list(report.warnings),
         }
+
+
+def _joined(notes: tuple[str, ...], warnings: tuple[str, ...], own: str | None) -> str | None:
+    return "; ".join([*notes, *warnings, *([own] if own else [])]) or None
 
 
 def _finite(value: float | None) -> float | None:
