@@ -1,11 +1,14 @@
 """Planners: the solver's plan is the optimum, bounds are right, and the loop replans."""
 
+import ctypes
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from gossamer.core import GossamerError
+from gossamer.methods.weights.dynamics import mip
 from gossamer.methods.weights.dynamics.mip import MixedInteger, Program, certify
 from gossamer.methods.weights.dynamics.network import SparseNet
 from gossamer.methods.weights.dynamics.planning import (
@@ -240,3 +243,14 @@ def test_a_controller_replans_from_where_the_world_went():
 def test_what_makes_no_sense_is_refused(make, message: str):
     with pytest.raises(GossamerError, match=message):
         make()
+
+
+def test_what_the_solver_prints_stays_out_of_standard_output(capfd: pytest.CaptureFixture):
+    libc = ctypes.CDLL(None)
+    with mip._stdout_clean():
+        libc.puts(b"debugging")
+    libc.puts(b"afterwards")
+    libc.fflush(None)
+    captured = capfd.readouterr()
+    assert captured.out == "afterwards\n"
+    assert "debugging" in captured.err

@@ -7,9 +7,13 @@ zero need no binary, absolute values two inequalities each. HiGHS solves it by b
 Source: arXiv 2312.12791, §3.3. Shapes: S state and A action components, H steps, V variables.
 """
 
+import ctypes
 import itertools
+import os
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -28,6 +32,29 @@ __all__ = ["MixedInteger", "Program", "certify"]
 Array = np.ndarray
 
 _NEGLIGIBLE = 1e-6
+
+
+@contextmanager
+def _stdout_clean() -> Iterator[None]:
+    """Send what the solver prints to standard error.
+
+    Releases of HiGHS print a line of debugging to standard output, past Python, whenever they
+    repair a solution; it would end up in whatever reads a program's output.
+    """
+    try:
+        sys.stdout.flush()
+        kept = os.dup(1)
+    except (OSError, ValueError):  # closed: nothing to keep clean
+        yield
+        return
+    try:
+        os.dup2(2, 1)
+        yield
+    finally:
+        if os.name == "posix":
+            ctypes.CDLL(None).fflush(None)  # the line waits in the C library's own buffer
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 @dataclass(frozen=True)
@@ -58,7 +85,7 @@ class Program:
         self.low, self.high = np.zeros(size), np.zeros(size)
         self.cost, self.binary = np.zeros(size), np.zeros(size)
         self.rows: list[Array] = []
-        self.limits: list[float] = []
+        self.limits: list[tuple[float, float]] = []
 
     def new(self, low: Sequence[float] | Array, high: Sequence[float] | Array) -> Affine:
         """Variables between bounds, as expressions."""
@@ -74,7 +101,12 @@ class Program:
     def at_most_zero(self, left: Affine) -> None:
         """Demand of every expression that it is not positive."""
         self.rows += list(left.rows)
-        self.limits += list(-left.const)
+        self.limits += [(-np.inf, -c) for c in left.const]
+
+    def zero(self, value: Affine) -> None:
+        """Demand of every expression that it is zero."""
+        self.rows += list(value.rows)
+        self.limits += [(-c, -c) for c in value.const]
 
     def interval(self, value: Affine) -> tuple[Array, Array]:
         """Bounds of expressions from the bounds of their variables."""
@@ -92,14 +124,17 @@ class Program:
         cost : (V,), the program's own when left out. whole : keep binaries whole; False relaxes.
         """
         matrix = csr_array(np.array(self.rows)) if self.rows else csr_array((0, self.size))
-        limits = LinearConstraint(matrix, -np.inf, cast(Any, self.limits)) if self.rows else None
-        result = milp(
-            self.cost if cost is None else cost,
-            integrality=self.binary if whole else None,
-            bounds=Bounds(cast(Any, self.low), cast(Any, self.high)),
-            constraints=limits,
-            options={"mip_rel_gap": 1e-7} | ({} if seconds is None else {"time_limit": seconds}),
-        )
+        sides: Any = np.array(self.limits, dtype=float).reshape(-1, 2).T
+        limits = LinearConstraint(matrix, sides[0], sides[1]) if self.rows else None
+        with _stdout_clean():
+            result = milp(
+                self.cost if cost is None else cost,
+                integrality=self.binary if whole else None,
+                bounds=Bounds(cast(Any, self.low), cast(Any, self.high)),
+                constraints=limits,
+                options={"mip_rel_gap": 1e-7}
+                | ({} if seconds is None else {"time_limit": seconds}),
+            )
         if result.x is None:
             return None, np.inf, np.inf if result.status == 2 else -np.inf, False
         bound = getattr(result, "mip_dual_bound", None)
@@ -122,7 +157,8 @@ class MixedInteger(Controller):
 
     Parameters
     ----------
-    tighten : take each ReLU's bounds from two linear programs, not from intervals alone.
+    tighten : take each ReLU's bounds from two linear programs, not from intervals alone. For some
+        twenty binaries intervals are enough and the whole plan takes half as long without.
     seconds : limit of a solve; the best plan found by then is taken. None: no limit.
     """
 
@@ -207,8 +243,7 @@ class _Builder:
     def _named(self, value: Affine) -> Affine:
         """Variables equal to expressions, which keeps the rows that use them short."""
         made = self.program.new(*self.program.interval(value))
-        for sign in (1.0, -1.0):
-            self.program.at_most_zero(Affine(sign * (made.rows - value.rows), -sign * value.const))
+        self.program.zero(Affine(made.rows - value.rows, -value.const))
         return made
 
     def _charge(self, value: Affine, weights: Tensor) -> None:
