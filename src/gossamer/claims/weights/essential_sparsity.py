@@ -87,9 +87,9 @@ CLAIMS = (
         sentence="One-shot magnitude pruning of a trained model costs little up to a sharp bend, "
         "far beyond that of random pruning.",
         paper="a sharp drop beyond the essential sparsity of BERT (no figure was checked)",
-        experiment="packaged model, global magnitude swept from 20 to 70 %, 3 random masks from 5 to "
-        "20 %, loss on 8 windows of 64 tokens, two-segment fit, bootstrap over windows; at least "
-        "0.2 between the elbows, intervals apart, 5 times the slope behind the elbow",
+        experiment="packaged model, global magnitude swept from 20 to 70 %, 3 random masks from 5 "
+        "to 20 %, loss on 8 windows of 64 tokens, two-segment fit, bootstrap over windows; at "
+        "least 0.2 between the elbows, intervals apart, 5 times the slope behind the elbow",
         run=_run,
         check=_check,
         ours="elbow {magnitude_elbow:.2f} ({magnitude_low:.2f} to {magnitude_high:.2f}), slope "

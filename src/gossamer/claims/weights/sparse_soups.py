@@ -175,8 +175,8 @@ def _language_check(runs: Sequence[Figures]) -> Verdict:
 CLAIMS = (
     Claim(
         name="beats its members",
-        sentence="The average of copies retrained under one mask beats their mean, and comes within "
-        "0.2 points of the best and 0.3 of one copy retrained as long as all together.",
+        sentence="The average of copies retrained under one mask beats their mean, and comes "
+        "within 0.2 points of the best and 0.3 of one copy retrained as long as all together.",
         paper="better than iterative magnitude pruning on ImageNet (no figure was checked)",
         experiment="digits, 64-300-100-10 network, 3 phases to 95 %, 4 copies that differ in the "
         "order of data, 3 seeds; against soups of 2 under random masks and one copy retrained 4 "
