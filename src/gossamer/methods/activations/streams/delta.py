@@ -99,7 +99,8 @@ class DeltaLayer:
     Attributes
     ----------
     size : summed |Δ| over entries divided by their number, of the last clip in training.
-    done, dense : multiply-adds caused by non-zero changes, and those of dense layers.
+    done, dense : multiply-adds caused by non-zero changes, and those of dense layers;
+        ``later_`` counts without the first frame. sent, entries : non-zero changes, of all.
     """
 
     def __init__(
@@ -122,6 +123,7 @@ class DeltaLayer:
     def clear(self) -> None:
         """Set the counters to zero."""
         self.done = self.dense = self.later_done = self.later_dense = 0
+        self.sent = self.entries = 0
 
     def __call__(self, input: Tensor) -> Tensor:
         if self.length is not None:
@@ -177,6 +179,7 @@ class DeltaLayer:
     def _count(self, delta: Tensor, *, first: bool) -> None:
         if not self.counting:
             return
+        self.sent, self.entries = self.sent + int((delta != 0).sum()), self.entries + delta.numel()
         done = multiply_adds(self.layer, delta != 0)
         dense = multiply_adds(self.layer, torch.ones_like(delta, dtype=torch.bool))
         self.done, self.dense = self.done + done, self.dense + dense
