@@ -1,18 +1,20 @@
 """Activation sparsity on a GPU: products that skip channels, and a whole model that decodes.
 
     python benchmarks/gpu_activations.py [--parts kernels model] [--sparsities 0 0.5 0.9]
-        [--plans 512:256:16:2 ...] [--layers 32] [--rounds 9]
+        [--plans 1024:66:8:4:3 ...] [--ways own list mask] [--layers 32] [--rounds 9]
 
 Three figures are promised on an H200, bfloat16, batch 1: at 8192 x 28672 at least 75 % of the
 measured read bandwidth on the bytes read at 50 % and at least 60 % at 90 %; a random model of
 Llama-3-8B's shape at 50 % decodes at least 1.5 times as fast as its CUDA-graphed dense.
 
-Everything runs in CUDA graphs on both sides. Matrices are rotated over copies, each with an input
-of its own, that exceed the second cache several times. The dense model is the faster of transformers
-(static cache) and of a lean loop on cuBLAS with fused qkv, gate and up, and residual sums; the
-sparse one shares the lean loop's attention. Thresholds are quantiles of the inputs seen; the share
-of weights really read is counted. Results are checked before anything is timed: products against
-float64, models against float32 arithmetic on masked inputs.
+Ways: programs that find the active channels of their run themselves (``own``), a list made before
+(``list``), no list but masked loads (``mask``). Everything runs in CUDA graphs on both sides.
+Matrices are rotated over copies, each with an input of its own, that exceed the second cache
+several times. The dense model is the faster of transformers (static cache) and of a lean loop on
+cuBLAS with fused qkv, gate and up, and residual sums; the sparse one shares the lean loop's
+attention. Thresholds are quantiles of the inputs seen; the share of channels really read is
+counted. Results are checked before anything is timed: products against float64, blocks against
+float32 arithmetic on masked inputs.
 """
 
 import argparse
@@ -26,8 +28,20 @@ import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 from torch.nn.functional import linear, rms_norm
+from triton.language.extra.cuda import (  # pyright: ignore[reportMissingImports]
+    gdc_launch_dependents,
+    gdc_wait,
+)
 
-from gossamer.kernels.gather_gemv.triton_gemv import Plan, axpy_partial, finish, plan_for, swiglu
+from gossamer.kernels.gather_gemv.triton_gemv import (
+    Plan,
+    axpy_partial,
+    early,
+    finish,
+    launch_options,
+    plan_for,
+    swiglu,
+)
 
 DEVICE = "cuda"
 PROMISES = {0.5: 0.75, 0.9: 0.60}
@@ -115,12 +129,13 @@ def _masked_kernel(
 
 def masked(x: Tensor, weight: Tensor, cut: Tensor, plan: Plan) -> Tensor:
     inner, out = weight.shape
-    runs = triton.cdiv(inner, plan.run)
+    length = triton.next_power_of_2(triton.cdiv(inner, plan.runs))
+    runs = triton.cdiv(inner, length)
     part = torch.empty(runs, 1, out, device=DEVICE)
     kernel: Any = _masked_kernel
     kernel[(triton.cdiv(out, plan.outputs), runs)](
         *(x, cut, weight, part, inner, out),
-        RUN=plan.run,
+        RUN=length,
         OUTPUTS=plan.outputs,
         TOGETHER=plan.together,
         num_warps=plan.warps,
@@ -130,11 +145,9 @@ def masked(x: Tensor, weight: Tensor, cut: Tensor, plan: Plan) -> Tensor:
 
 # ruff: noqa: B023 - closures are called before their loop goes on
 def kernels(shapes: list[tuple[int, int]], sparsities: list[float], plans: list[Plan],
-            rate: float, rounds: int) -> None:  # fmt: skip
+            rate: float, rounds: int, kinds: list[str]) -> None:  # fmt: skip
     """Products of one input, by shape, sparsity and plan."""
-    print(
-        "shape O x I      sparsity  way                      us     of bytes read, TB/s   dense/this"
-    )
+    print("shape O x I     sparsity  way                      us     TB/s of bytes    dense / this")
     for out, inner in shapes:
         count = 6
         weights = [torch.randn(inner, out, device=DEVICE).bfloat16() for _ in range(count)]
@@ -170,10 +183,11 @@ def kernels(shapes: list[tuple[int, int]], sparsities: list[float], plans: list[
                         for x, w in zip(xs, weights, strict=True)
                     ]
 
-                ways |= {f"own {name}": own, f"list {name}": listed, f"mask {name}": without}
+                here = {"own": own, "list": listed, "mask": without}
+                ways |= {f"{kind} {name}": here[kind] for kind in kinds}
                 kept = xs[0].double().masked_fill(xs[0].float() <= cut, 0)
                 wide = kept @ weights[0].double()
-                for way in (own, listed, without):
+                for way in (here[kind] for kind in kinds):
                     off = float((way()[0].double() - wide).norm() / wide.norm())
                     assert off < 5e-3, (name, sparsity, off)
                     assert torch.equal(way()[0], way()[0])
@@ -193,7 +207,6 @@ def kernels(shapes: list[tuple[int, int]], sparsities: list[float], plans: list[
                 print(
                     f"  -> {share:.0%} with {best} (at least {PROMISES[sparsity]:.0%}: {verdict})"
                 )
-        del weights, plain
 
 
 # -- a whole model --------------------------------------------------------------------------------
@@ -203,8 +216,12 @@ def kernels(shapes: list[tuple[int, int]], sparsities: list[float], plans: list[
 def _attend_kernel(
     qkv_ptr, keys_ptr, values_ptr, cos_ptr, sin_ptr, at_ptr, y_ptr, scaling, ROOM,
     HEADS: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """Rotary, append and attention of one query; a program is a head."""
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
     head = tl.program_id(0)
     group: tl.constexpr = HEADS // KV
     kv = head // group
@@ -284,6 +301,7 @@ class Lean:
         self.seen: Tensor | None = torch.zeros(1, device=DEVICE, dtype=torch.int32)
         self.layers = [self._layer(block) for block in model.model.layers]
         self.inputs: list[Tensor] | None = None
+        self.plans: dict[str, Plan] = {}
 
     def _layer(self, block: Any) -> Layer:
         a, m = block.self_attn, block.mlp
@@ -311,51 +329,78 @@ class Lean:
             KV=self.kv,
             D=self.dim,
             BLOCK=64,
+            EARLY=early(y.device),
             num_warps=4,
+            **launch_options(y.device),
         )
         return y
 
-    def dense(self, masked: bool = False) -> Tensor:
-        """A step; ``masked`` zeroes inputs at the thresholds, in float32, to check with."""
+    def dense_block(self, h: Tensor, layer: Layer, masked: bool = False) -> Tensor:
+        """A block; ``masked`` zeroes inputs at the thresholds, in float32, to check with."""
 
-        def times(x: Tensor, layer: Layer, name: str, residual: Tensor | None = None) -> Tensor:
+        def times(x: Tensor, name: str, residual: Tensor | None = None) -> Tensor:
             weight = getattr(layer, name)
             if self.inputs is not None:
                 self.inputs.append(x.detach().clone())
             if masked:
                 x = x.float()
                 x = x.masked_fill(x.abs() <= layer.cuts[name], 0)
-                y = (x @ weight.float().T).to(torch.bfloat16)
-                return y if residual is None else (y.float() + residual.float()).bfloat16()
+                y = x @ weight.float().T
+                return (y if residual is None else y + residual.float()).bfloat16()
             return linear(x, weight) if residual is None else torch.addmm(residual, x, weight.T)
 
+        x = rms_norm(h, h.shape[1:], layer.norms[0], self.epsilon)
+        h = times(self.attend(layer, times(x, "qkv")), "o", h)
+        x = rms_norm(h, h.shape[1:], layer.norms[1], self.epsilon)
+        gu = times(x, "gu")
+        y = torch.empty(1, gu.shape[1] // 2, device=DEVICE, dtype=torch.bfloat16)
+        kernel: Any = _gate_kernel
+        kernel[(triton.cdiv(y.shape[1], 1024),)](gu, y, y.shape[1], BLOCK=1024)
+        return times(y, "down", h)
+
+    def sparse_block(self, h: Tensor, layer: Layer) -> Tensor:
+        def times(x: Tensor, name: str, norm: Tensor | None = None) -> Tensor:
+            return axpy_partial(
+                *(x, layer.turned[name], layer.cuts[name]),
+                norm=norm,
+                epsilon=self.epsilon,
+                plan=self.plans.get(name),
+                seen=self.seen,
+            )
+
+        half = torch.bfloat16
+        y = self.attend(layer, finish(times(h, "qkv", layer.norms[0]), half))
+        h = finish(times(y, "o"), half, residual=h)
+        y = swiglu(times(h, "gu", layer.norms[1]), half)
+        return finish(times(y, "down"), half, residual=h)
+
+    def _whole(self, block: Callable[[Tensor, Layer], Tensor]) -> Tensor:
         h = self.embed[self.token]
         for layer in self.layers:
-            x = rms_norm(h, h.shape[1:], layer.norms[0], self.epsilon)
-            h = times(self.attend(layer, times(x, layer, "qkv")), layer, "o", h)
-            x = rms_norm(h, h.shape[1:], layer.norms[1], self.epsilon)
-            gu = times(x, layer, "gu")
-            y = torch.empty(1, gu.shape[1] // 2, device=DEVICE, dtype=torch.bfloat16)
-            kernel: Any = _gate_kernel
-            kernel[(triton.cdiv(y.shape[1], 1024),)](gu, y, y.shape[1], BLOCK=1024)
-            h = times(y, layer, "down", h)
+            h = block(h, layer)
         return linear(rms_norm(h, h.shape[1:], self.norm, self.epsilon), self.head)
+
+    def dense(self) -> Tensor:
+        """Logits of a step on cuBLAS."""
+        return self._whole(self.dense_block)
 
     def sparse(self) -> Tensor:
-        def times(x: Tensor, layer: Layer, name: str, norm: Tensor | None = None) -> Tensor:
-            return axpy_partial(
-                x, layer.turned[name], layer.cuts[name], norm=norm, epsilon=self.epsilon,
-                seen=self.seen,
-            )  # fmt: skip
+        """Logits of a step that skips channels."""
+        return self._whole(self.sparse_block)
 
-        h = self.embed[self.token]
-        half = torch.bfloat16
+    def distance(self) -> list[float]:
+        """Relative distance of what each block adds, sparse from masked, from the same input.
+
+        Block by block, because a channel that falls to the other side of its threshold by
+        rounding changes all that follows.
+        """
+        h, off = self.embed[self.token], []
         for layer in self.layers:
-            y = self.attend(layer, finish(times(h, layer, "qkv", layer.norms[0]), half))
-            h = finish(times(y, layer, "o"), half, residual=h)
-            y = swiglu(times(h, layer, "gu", layer.norms[1]), half)
-            h = finish(times(y, layer, "down"), half, residual=h)
-        return linear(rms_norm(h, h.shape[1:], self.norm, self.epsilon), self.head)
+            found = self.sparse_block(h, layer).float()
+            plain = self.dense_block(h, layer, masked=True)
+            off.append(float((found - plain.float()).norm() / (plain.float() - h.float()).norm()))
+            h = plain
+        return off
 
     def stepping(self, run: Callable[[], Tensor]) -> Callable[[], None]:
         """A step that feeds its own token to the next."""
@@ -405,7 +450,7 @@ def transformers_step(model: Any, room: int, past: int) -> Callable[[], None] | 
 
 
 @torch.no_grad()
-def whole(sparsities: list[float], layers: int, rounds: int) -> None:
+def whole(sparsities: list[float], layers: int, rounds: int, plans: dict[str, Plan]) -> None:
     """Decoding of a random Llama-3-8B, milliseconds a token."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -420,6 +465,7 @@ def whole(sparsities: list[float], layers: int, rounds: int) -> None:
     torch.set_default_dtype(torch.float32)
     past, room = 128, 1024
     lean = Lean(model, room, past)
+    lean.plans = plans
     blocks = sum(getattr(lay, n).numel() for lay in lean.layers for n in lean.layers[0].cuts)
     head = lean.head.numel()
     size = f"{(blocks + 2 * head) / 1e9:.2f} B weights, head {head / (blocks + head):.1%} of reads"
@@ -436,13 +482,13 @@ def whole(sparsities: list[float], layers: int, rounds: int) -> None:
         lean.at.fill_(past)
         lean.calibrate(sparsity, 8)
         lean.token.fill_(5)
-        plain, found = lean.dense(masked=True).float(), lean.sparse().float()
-        off = float((found - plain).norm() / plain.norm())
-        again = lean.sparse().float()
+        off, same = lean.distance(), torch.equal(lean.sparse(), lean.sparse())
         print(
-            f"sparsity {sparsity}: {off:.1e} from masked, same again: {torch.equal(found, again)}"
+            f"sparsity {sparsity}: blocks {statistics.median(off):.1e} (at most {max(off):.1e}) "
+            f"from masked; the same again: {same}"
         )
-        assert off < 0.2, off
+        assert statistics.median(off) < 3e-2, off
+        assert max(off) < 0.2, off
         assert lean.seen is not None
         lean.seen.zero_()
         begin = lean.at.item()
@@ -470,6 +516,8 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=["8192x28672", "28672x8192"])
     parser.add_argument("--sparsities", type=float, nargs="+", default=[0.0, 0.5, 0.9])
     parser.add_argument("--plans", nargs="*", default=[])
+    parser.add_argument("--model-plans", nargs="*", default=[], help="qkv=1024:33:8:4:3 ...")
+    parser.add_argument("--ways", nargs="+", default=["own", "list", "mask"])
     parser.add_argument("--model-sparsities", type=float, nargs="+", default=[0.5])
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=9)
@@ -479,10 +527,12 @@ def main() -> None:
     if "kernels" in given.parts:
         shapes = [(int(a), int(b)) for a, b in (s.split("x") for s in given.shapes)]
         plans = [Plan(*map(int, plan.split(":"))) for plan in given.plans]
-        kernels(shapes, given.sparsities, plans, rate, given.rounds)
+        kernels(shapes, given.sparsities, plans, rate, given.rounds, given.ways)
         torch.cuda.empty_cache()
     if "model" in given.parts:
-        whole(given.model_sparsities, given.layers, given.rounds)
+        chosen = dict(text.split("=") for text in given.model_plans)
+        plans_of = {name: Plan(*map(int, text.split(":"))) for name, text in chosen.items()}
+        whole(given.model_sparsities, given.layers, given.rounds, plans_of)
 
 
 if __name__ == "__main__":

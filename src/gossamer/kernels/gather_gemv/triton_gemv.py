@@ -13,10 +13,24 @@ import torch
 import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 from torch import Tensor
+from triton.language.extra.cuda import (  # pyright: ignore[reportMissingImports]
+    gdc_launch_dependents,
+    gdc_wait,
+)
 
 from gossamer.kernels.gather_gemv.rows import Rows
 
-__all__ = ["Plan", "axpy_partial", "axpy_triton", "dot_triton", "finish", "plan_for", "swiglu"]
+__all__ = [
+    "Plan",
+    "axpy_partial",
+    "axpy_triton",
+    "dot_triton",
+    "early",
+    "finish",
+    "launch_options",
+    "plan_for",
+    "swiglu",
+]
 
 
 class Plan(NamedTuple):
@@ -24,28 +38,30 @@ class Plan(NamedTuple):
 
     Parameters
     ----------
-    outputs : of a tile, a power of 2. run : channels of a program, a power of 2.
-    together : rows loaded at once. warps : of a program.
+    outputs : of a tile, a power of 2. runs : into which the channels are cut.
+    together : rows loaded at once. warps : of a program. stages : loads on their way at once.
     """
 
     outputs: int
-    run: int
+    runs: int
     together: int
     warps: int
+    stages: int = 1
 
 
-def plan_for(inner: int, out: int) -> Plan:
-    """Tiles of 1 KB, and runs such that a few waves of programs fill the device."""
-    outputs = 512 if out >= 512 else max(16, triton.next_power_of_2(out))
+def plan_for(inner: int, out: int, processors: int = 132) -> Plan:
+    """Tiles of 2 KB of a row, and runs of 128 channels or more that fill the device once.
+
+    Three loads of eight rows take 33 KB of shared memory: six programs fit a processor.
+    """
+    outputs = min(1024, max(16, triton.next_power_of_2(out)))
     tiles = triton.cdiv(out, outputs)
-    run = 256
-    while run > 32 and tiles * triton.cdiv(inner, run) < 6 * 132:
-        run //= 2
-    return Plan(outputs, run, 16, max(1, outputs // 256))
+    runs = max(1, min(6 * processors // tiles, triton.cdiv(inner, 128)))
+    return Plan(outputs, runs, 8, max(1, outputs // 256), 3)
 
 
 @triton.jit
-def _scale(h_ptr, H, epsilon, B: tl.constexpr, HP: tl.constexpr):
+def _scale(h_ptr, H, epsilon, HP: tl.constexpr):
     """Reciprocal root mean square of the one row of h."""
     at = tl.arange(0, HP)
     h = tl.load(h_ptr + at, mask=at < H, other=0.0).to(tl.float32)
@@ -66,6 +82,7 @@ def _axpy_kernel(
     INNER,
     OUTER,
     K,
+    LENGTH,
     epsilon,
     B: tl.constexpr,
     CUTS: tl.constexpr,
@@ -76,11 +93,15 @@ def _axpy_kernel(
     RUN: tl.constexpr,
     OUTPUTS: tl.constexpr,
     TOGETHER: tl.constexpr,
+    STAGES: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     tile, run = tl.program_id(0), tl.program_id(1)
     runs = tl.num_programs(1)
-    k = run * RUN + tl.arange(0, RUN)
-    inside = k < K
+    if EARLY:
+        gdc_wait()
+    k = run * LENGTH + tl.arange(0, RUN)
+    inside = (k < K) & (tl.arange(0, RUN) < LENGTH)
     if INDEX:
         c = tl.load(index_ptr + k, mask=inside, other=0).to(tl.int32)
         inside = inside & (c >= 0) & (c < INNER)
@@ -92,26 +113,27 @@ def _axpy_kernel(
     elif CUTS > 1:
         cut = tl.load(cut_ptr + c, mask=inside, other=0.0)
     if NORM:
-        gain = _scale(x_ptr, INNER, epsilon, B, HP) * tl.load(
-            norm_ptr + c, mask=inside, other=0.0
-        ).to(tl.float32)
+        scale = _scale(x_ptr, INNER, epsilon, HP)
+        gain = tl.load(norm_ptr + c, mask=inside, other=0.0).to(tl.float32)
     keep = tl.zeros((RUN,), dtype=tl.int1)
     for b in tl.static_range(B):
         x = tl.load(x_ptr + b * INNER + c, mask=inside, other=0.0).to(tl.float32)
-        if NORM:
-            x = x * gain
-        live = inside
+        if NORM:  # rounded where the model rounds, so that thresholds see the same numbers
+            x = (x * scale).to(x_ptr.dtype.element_ty).to(tl.float32) * gain
+            x = x.to(x_ptr.dtype.element_ty).to(tl.float32)
+        kept = inside
         if CUTS > 0:
-            live = live & ~(tl.abs(x) <= cut)
-        keep = keep | live
+            kept = kept & ~(tl.abs(x) <= cut)
+        keep = keep | kept
     at = tl.cumsum(keep.to(tl.int32), 0) - 1
     count = tl.sum(keep.to(tl.int32), 0)
     own = (tile * runs + run) * RUN
     tl.store(found_ptr + own + at, c, mask=keep)
     for b in tl.static_range(B):
         x = tl.load(x_ptr + b * INNER + c, mask=inside, other=0.0).to(tl.float32)
-        if NORM:
-            x = x * gain
+        if NORM:  # rounded where the model rounds, so that thresholds see the same numbers
+            x = (x * scale).to(x_ptr.dtype.element_ty).to(tl.float32) * gain
+            x = x.to(x_ptr.dtype.element_ty).to(tl.float32)
         if CUTS > 0:
             x = tl.where(tl.abs(x) <= cut, 0.0, x)
         tl.store(value_ptr + own * B + b * RUN + at, x, mask=keep)
@@ -119,13 +141,15 @@ def _axpy_kernel(
         if tile == 0:
             tl.atomic_add(seen_ptr, count)
     tl.debug_barrier()
+    if EARLY:
+        gdc_launch_dependents()
     o = tile * OUTPUTS + tl.arange(0, OUTPUTS)
     column = o < OUTER
     s0 = tl.zeros((OUTPUTS,), dtype=tl.float32)
     s1 = tl.zeros((OUTPUTS,), dtype=tl.float32)
     s2 = tl.zeros((OUTPUTS,), dtype=tl.float32)
     s3 = tl.zeros((OUTPUTS,), dtype=tl.float32)
-    for first in range(0, count, TOGETHER):
+    for first in tl.range(0, count, TOGETHER, num_stages=STAGES):
         r = first + tl.arange(0, TOGETHER)
         live = r < count
         channel = tl.load(found_ptr + own + r, mask=live, other=0).to(tl.int64)
@@ -164,8 +188,12 @@ def _finish_kernel(
     RESIDUAL: tl.constexpr,
     OUTPUTS: tl.constexpr,
     RUNS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """The sums of all runs, in order; plus bias, plus what came before."""
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
     o = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
     b = tl.program_id(1)
     B = tl.num_programs(1)
@@ -187,8 +215,13 @@ def _finish_kernel(
 
 
 @triton.jit
-def _swiglu_kernel(part_ptr, y_ptr, F, S, OUTPUTS: tl.constexpr, RUNS: tl.constexpr):
+def _swiglu_kernel(
+    part_ptr, y_ptr, F, S, OUTPUTS: tl.constexpr, RUNS: tl.constexpr, EARLY: tl.constexpr
+):
     """silu of the first half times the second half, of sums over all runs in order."""
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
     o = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
     b = tl.program_id(1)
     B = tl.num_programs(1)
@@ -245,6 +278,17 @@ def _nothing(device: torch.device) -> Tensor:
     return torch.zeros(1, device=device)
 
 
+@cache
+def early(device: torch.device) -> bool:
+    """Whether a kernel may be launched while the one before it ends (Hopper and later)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def launch_options(device: torch.device) -> dict[str, Any]:
+    """What such a kernel is launched with; it must call ``gdc_wait`` before it reads anything."""
+    return {"launch_pdl": True} if early(device) else {}
+
+
 def axpy_partial(
     x: Tensor,
     weight: Tensor,
@@ -267,26 +311,31 @@ def axpy_partial(
     (batch, inner), out = x.shape, weight.shape[1]
     count = inner if index is None else len(index)
     plan = plan or plan_for(inner, out)
-    tiles, runs = triton.cdiv(out, plan.outputs), max(1, triton.cdiv(count, plan.run))
+    length = max(1, triton.cdiv(count, plan.runs))
+    size = triton.next_power_of_2(length)
+    tiles, runs = triton.cdiv(out, plan.outputs), max(1, triton.cdiv(count, length))
     none = _nothing(x.device)
     part = torch.empty(runs, batch, out, device=x.device, dtype=torch.float32)
-    found = torch.empty(tiles * runs * plan.run, device=x.device, dtype=torch.int32)
-    value = torch.empty(tiles * runs * plan.run * batch, device=x.device, dtype=torch.float32)
+    found = torch.empty(tiles * runs * size, device=x.device, dtype=torch.int32)
+    value = torch.empty(tiles * runs * size * batch, device=x.device, dtype=torch.float32)
     kernel: Any = _axpy_kernel
     kernel[(tiles, runs)](
         *(x, none if cut is None else cut, none if norm is None else norm),
         *(none if index is None else index, weight, found, value, part),
-        *(none if seen is None else seen, inner, out, count, epsilon),
+        *(none if seen is None else seen, inner, out, count, length, epsilon),
         B=batch,
         CUTS=0 if cut is None or index is not None else (1 if cut.numel() == 1 else 2),
         INDEX=index is not None,
         NORM=norm is not None,
         SEEN=seen is not None,
         HP=triton.next_power_of_2(inner) if norm is not None else 1,
-        RUN=plan.run,
+        RUN=size,
         OUTPUTS=plan.outputs,
         TOGETHER=plan.together,
+        STAGES=plan.stages,
+        EARLY=early(x.device),
         num_warps=plan.warps,
+        **launch_options(x.device),
     )
     return part
 
@@ -308,8 +357,10 @@ def finish(
         BIAS=bias is not None,
         RESIDUAL=residual is not None,
         OUTPUTS=32,
-        RUNS=64,
+        RUNS=min(128, triton.next_power_of_2(runs)),
+        EARLY=early(part.device),
         num_warps=4,
+        **launch_options(part.device),
     )
     return y
 
@@ -320,7 +371,12 @@ def swiglu(part: Tensor, dtype: torch.dtype) -> Tensor:
     y = torch.empty(batch, out // 2, device=part.device, dtype=dtype)
     kernel: Any = _swiglu_kernel
     kernel[(triton.cdiv(out // 2, 32), batch)](
-        part, y, out // 2, runs, OUTPUTS=32, RUNS=32, num_warps=4
+        *(part, y, out // 2, runs),
+        OUTPUTS=32,
+        RUNS=min(64, triton.next_power_of_2(runs)),
+        EARLY=early(part.device),
+        num_warps=4,
+        **launch_options(part.device),
     )
     return y
 
