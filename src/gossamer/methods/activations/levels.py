@@ -268,17 +268,22 @@ class PerplexityLevel:
 
     Parameters
     ----------
-    level : the largest level found whose ratio does not exceed the wanted one.
-    ratio : perplexity under the gates over dense perplexity, on the tokens searched on.
+    level : the largest level found whose growth does not exceed the one allowed.
+    growth : perplexity under the gates over dense perplexity, on the tokens searched on.
     sparsity : share of channels removed on them, weighted by what the gates' layers hold.
     shares : the same by gate. gates : those of the level.
     """
 
     level: float
-    ratio: float
+    growth: float
     sparsity: float
     shares: Mapping[str, float]
     gates: tuple[Gate, ...]
+
+    @property
+    def ratio(self) -> float:
+        """The growth, by the name the paper gives it."""
+        return self.growth
 
 
 def perplexity_level(
@@ -320,16 +325,16 @@ def perplexity_level(
         return PerplexityLevel(level, exp(min(loss - dense, 700.0)), mean, shares, gates)
 
     best, high = at(0.0), at(1.0)
-    if high.ratio <= wanted:
+    if high.growth <= wanted:
         return high
     low, top = 0.0, 1.0
     for _ in range(steps):
         found = at((low + top) / 2)
-        if found.ratio <= wanted:
+        if found.growth <= wanted:
             best, low = found, found.level
         else:
             top = found.level
-        if abs(found.ratio - wanted) <= 0.01 * (wanted - 1.0):
+        if abs(found.growth - wanted) <= 0.01 * (wanted - 1.0):
             return found
     return best
 

@@ -18,7 +18,7 @@ from gossamer.methods.activations.gates import Gate, LowRank, Tap
 from gossamer.methods.activations.levels import column_norms
 from gossamer.models import Block, Inputs, SiteMap, Tokens
 
-__all__ = ["RSparse", "low_rank", "split_budget"]
+__all__ = ["ALPHAS", "RSparse", "low_rank", "search", "split_budget"]
 
 ALPHAS = (1.0, 0.95, 0.9, 0.8, 0.7, 0.5)
 _MUTATED = 0.1  # share of the matrices whose share a child draws anew
@@ -155,10 +155,10 @@ class RSparse(Thresholded):
         if self.alpha is not None or not factors:
             return gates(dict.fromkeys(names, 1.0 if self.alpha is None else self.alpha))
         error = OutputError(model, sites, trial_data(data), *self.dense)
-        return gates(_search(names, lambda alphas: error(gates(alphas)), self.evaluations))
+        return gates(search(names, lambda alphas: error(gates(alphas)), self.evaluations))
 
 
-def _search(
+def search(
     names: list[str], error: Callable[[Mapping[str, float]], float], evaluations: int
 ) -> dict[str, float]:
     """Shares per matrix with the least error among those tried; all ones is among them.

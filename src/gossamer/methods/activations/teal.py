@@ -29,10 +29,12 @@ class TEAL(Thresholded):
     Source: arXiv 2408.14690, §4 and algorithm 1.
 
     Departs from the paper: the threshold is a quantile of |x|, not of the signed histogram, so
-    inputs of uneven sign are served; every token but a short prefix is masked, not the last half;
+    inputs of uneven sign are served; every token but a short prefix is masked, not the last half
+    (``protocol='paper'`` masks that);
     greedy steps follow the shapes of the matrices (grouped heads included), never pass 1, are
     measured on 4 x 128 tokens, tried lazily, cut to meet the target exactly, and given up for the
-    uniform split in a block where that has the smaller error.
+    uniform split in a block where that has the smaller error; the ``global`` allocation, which
+    moves sparsity between blocks, is not the paper's.
     """
 
     card: ClassVar[Card] = Card(
@@ -51,6 +53,8 @@ class TEAL(Thresholded):
         kernel="masked dense",
         departs="quantile of |x|; all tokens but a prefix masked; greedy by shapes, lazy, exact",
     )
+
+    paper_dense: ClassVar[float | None] = 0.5
 
     def channel_weight(self, site: Site, weight: Tensor) -> None:
         return None
