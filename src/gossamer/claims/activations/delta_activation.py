@@ -17,7 +17,7 @@ from gossamer.models import Inputs
 __all__ = ["CLAIMS"]
 
 FRAMES, SIZE = 8, 16
-PENALTY = 3.0
+PENALTY = 6.0
 
 
 def _clips(seed: int, train: int, test: int) -> tuple[Inputs, Inputs]:
@@ -81,26 +81,36 @@ def _check_exact(runs: Sequence[Figures]) -> Verdict:
     return Verdict.HOLDS if exact and at_work else Verdict.FAILS
 
 
-def _train(seed: int, penalty: float, train: Inputs, test: Inputs) -> tuple[float, float, float]:
-    """Accuracy over clips (scores summed over frames), share of changes sent, skipped products."""
+def _method(seed: int, **values: Any) -> Any:
+    return DeltaActivation(batch_size=16, seed=seed, **values)
+
+
+def _refined(
+    seed: int, penalty: float, start: dict[str, Tensor], train: Inputs, test: Inputs
+) -> tuple[float, float, float]:
+    """Accuracy (scores summed over frames), share of changes sent, skipped products."""
     net = _net(seed)
-    method: Any = DeltaActivation(penalty=penalty, steps=400, lr=3e-3, batch_size=16, seed=seed)
+    net.load_state_dict(start)
+    method = _method(seed + 1, penalty=penalty, steps=2000, lr=2e-3)
     with method.apply(net, train) as work:
-        frames, labels = test.values["frames"], test.values["labels"]
         with work.measuring():
-            scores = play(net, frames).sum(1)
-        sent = sum(d.sent for d in work.deltas.values())
-        entries = sum(d.entries for d in work.deltas.values())
-        right = float((scores.argmax(1) == labels).float().mean())
-        return right, sent / entries, work.report().sparsity
+            scores = play(net, test.values["frames"]).sum(1)
+        # Changes of the frames themselves are given; of activations they are learned.
+        learned = list(work.deltas.values())[1:]
+        sent = sum(d.sent for d in learned) / sum(d.entries for d in learned)
+        right = (scores.argmax(1) == test.values["labels"]).float().mean()
+        return float(right), sent, work.report().sparsity
 
 
 def _sparser(seed: int) -> Figures:
     with one_thread():
         train, test = _clips(seed, 1000, 300)
+        net = _net(seed)
+        with _method(seed, penalty=0.0, steps=1200, lr=5e-3).apply(net, train):
+            start = {name: value.clone() for name, value in net.state_dict().items()}
         figures: dict[str, float] = {}
         for name, penalty in (("plain", 0.0), ("delta", PENALTY)):
-            values = _train(seed, penalty, train, test)
+            values = _refined(seed, penalty, start, train, test)
             figures |= dict(zip((name, f"{name}_sent", f"{name}_skipped"), values, strict=True))
         return figures
 
@@ -133,8 +143,9 @@ CLAIMS = (
         "larger at about the accuracy.",
         paper="almost 3 times more activation sparsity on UCF101, accuracy recoverable by longer "
         "training",
-        experiment="1000 clips of moving digits, 400 steps with and without the penalty: at least "
-        "2 times fewer non-zero changes on 300 test clips at no more than 2 points of accuracy",
+        experiment="1000 clips of moving digits, 1200 steps without penalty, then 2000 steps of "
+        "refinement with and without: at least 2 times fewer non-zero changes of activations on "
+        "300 test clips (those of the frames are given) at no more than 2 points of accuracy",
         run=_sparser,
         check=_check_sparser,
         ours="changes sent {delta_sent:.3f} against {plain_sent:.3f}; accuracy {delta:.3f} against "
