@@ -53,6 +53,10 @@ app.command(
     help="Run a sparse model on the kernels that measure fastest, and time it.",
 )
 app.command(
+    "gossamer.cli.measure:measure",
+    help="Measure a model's activation sparsity at a price in perplexity.",
+)
+app.command(
     "gossamer.cli.claim:claim",
     help="Run the papers' claims, scaled down.",
 )

@@ -166,7 +166,7 @@ def _try(
     if kind == "relu":
         limits = ([1e-9, 1e-3, -wide, 0.0], [wide, 5.0, wide, 1.0])
     else:
-        limits = ([1e-9, 1e-3, 0.0], [wide, 5.0, 1.0 + wide])
+        limits = ([1e-9, 1e-3, 0.0], [wide, 5.0, 1.0])
     inside = np.clip(start, np.asarray(limits[0]) + 1e-9, np.asarray(limits[1]) - 1e-9)
     with warnings.catch_warnings():
         # Said by infinite bounds instead.
