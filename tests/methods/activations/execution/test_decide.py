@@ -6,9 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gossamer.core import GossamerError
-from gossamer.kernels.measured import forget
-from gossamer.methods.activations.execution import bandwidth, predict
-from gossamer.methods.activations.execution.choice import Chooser
+from gossamer.kernels.measured import Choice
+from gossamer.methods.activations.execution import bandwidth, choice, predict
 from gossamer.methods.activations.gates import Gate
 
 
@@ -53,18 +52,31 @@ def test_bandwidth_is_measured_once() -> None:
     assert bandwidth() == bandwidth() > 1e8
 
 
-def test_measured_choice_takes_what_is_faster(monkeypatch, tmp_path) -> None:
-    """At 90 % of a matrix beyond the cache, skipping wins by several times."""
-    monkeypatch.setenv("GOSSAMER_CHOICES", str(tmp_path))
-    forget()
-    module = torch.nn.Linear(2048, 4096)
+@pytest.mark.parametrize("sparse", [0.1, 3.0])
+def test_what_is_measured_decides(monkeypatch, sparse: float) -> None:
+    """Both candidates compute the layer; the one that measured faster is taken."""
+    module = torch.nn.Linear(2048, 1024)
     gate = Gate("up", "mlp.up", 0, "up", module.weight.numel(), 0.9, torch.tensor([0.5]))
-    chooser = Chooser(1)
-    layer = chooser.layer("up", module.weight, module.bias, gate)
-    assert layer is not None
-    assert torch.equal(layer.weight, module.weight.T)
+    results: list[torch.Tensor] = []
+
+    def measured(key: str, candidates, **settings) -> Choice:
+        results.extend(call() for call in candidates.values())
+        times = {name: sparse if name == "axpy" else 1.0 for name in candidates}
+        return Choice(min(times, key=lambda name: times[name]), times)
+
+    monkeypatch.setattr(choice, "fastest", measured)
+    monkeypatch.setattr(choice, "bandwidth", lambda: 3e10)
+    chooser = choice.Chooser(1)
+    with torch.no_grad():
+        layer = chooser.layer("up", module.weight, module.bias, gate)
+        again = chooser.layer("up too", module.weight, module.bias, gate)
+    assert (layer is None) is (again is None) is (sparse > 1)
+    assert len(results) == 4  # the second layer is like the first
+    for found in results[1:]:
+        torch.testing.assert_close(found, results[0], atol=1e-4, rtol=1e-4)
     row = chooser.table[0]
-    assert (row.chosen, row.rows, row.shape) == ("axpy", "1", (4096, 2048))
-    assert row.milliseconds["axpy"] < row.milliseconds["dense"]
-    assert list(tmp_path.iterdir())
-    forget()
+    assert (row.layer, row.rows, row.shape) == ("up", "1", (1024, 2048))
+    assert row.chosen == ("axpy" if sparse < 1 else "dense")
+    assert row.milliseconds == {"dense": 1.0, "axpy": sparse}
+    if layer is not None:
+        assert torch.equal(layer.weight, module.weight.T)

@@ -118,7 +118,7 @@ def accelerate(
     batch_sizes : rows of a decode step that will come; 1 to 4 are served, others run dense.
     choice : ``measured`` times the candidates of every kind of layer, ``predicted`` believes the
         prediction, ``axpy`` skips channels wherever some are dropped.
-    progress : called with (layers done, layers, what).
+    progress : called with (blocks or layers done, all of them, what).
 
     Raises
     ------
@@ -139,7 +139,9 @@ def accelerate(
         return execution
     chooser = Chooser(most, choice)
     try:
-        if weight.device.type == "cpu" and not _whole(execution, model, sites, gates, chooser):
+        if weight.device.type == "cpu" and not _whole(
+            execution, model, sites, gates, chooser, progress
+        ):
             chooser = Chooser(most, choice)
             _layers(execution, _places(model, sites, gates), chooser, progress)
         elif weight.device.type == "cuda":
@@ -170,13 +172,18 @@ def _served(gates: Gates) -> bool:
 
 
 def _whole(
-    execution: Execution, model: nn.Module, sites: SiteMap, gates: Gates, chooser: Chooser
+    execution: Execution,
+    model: nn.Module,
+    sites: SiteMap,
+    gates: Gates,
+    chooser: Chooser,
+    progress: Progress | None,
 ) -> bool:
     """Put the native step to work if the model has the parts and it gives what the model gives."""
     parts = model_parts(model, sites)
     if parts is None or not _served(gates):
         return False
-    program = build(parts, gates.gates, chooser)
+    program = build(parts, gates.gates, chooser, progress)
     base = model.get_submodule(sites.base)
     step = Step(base, program, gates.positions, lambda: gates._counting, execution.most)
     if (distance := _probe(base, step)) > _OFF[program.parts.embed.weight.dtype]:
@@ -187,6 +194,7 @@ def _whole(
         )
         return False
     program.counters.zero_()
+    step.know(model)
     execution.program, execution.step = program, step
     execution.nbytes, execution.active = program.nbytes, program.sparse
     execution.replace(base, step.forward)

@@ -13,6 +13,7 @@ from gossamer.kernels.measured import ChoiceRow
 from gossamer.methods.activations.execution.choice import Chooser
 from gossamer.methods.activations.execution.structure import BlockParts, ModelParts
 from gossamer.methods.activations.gates import Gate
+from gossamer.models import Progress
 
 __all__ = ["Program", "build", "norm_weight"]
 
@@ -113,12 +114,22 @@ class _Builder:
         return native.Block(q, k, v, o, mlp.struct, *norms)
 
 
-def build(parts: ModelParts, gates: dict[str, Gate], chooser: Chooser) -> Program:
+def build(
+    parts: ModelParts,
+    gates: dict[str, Gate],
+    chooser: Chooser,
+    progress: Progress | None = None,
+) -> Program:
     """The native step of a model under its gates; layers in the form the chooser finds best."""
     counters = torch.zeros(len(gates) + 1, 2, dtype=torch.int64)
     program = Program(native.Model(), parts, counters)
     builder = _Builder(program, gates, chooser)
-    blocks = (native.Block * len(parts.blocks))(*(builder.block(block) for block in parts.blocks))
+    made = []
+    for block in parts.blocks:
+        made.append(builder.block(block))
+        if progress is not None:
+            progress(len(made), len(parts.blocks), "choosing kernels")
+    blocks = (native.Block * len(made))(*made)
     program.keep.append(blocks)
     hidden = parts.embed.weight
     # Keys and values are kept in the model's own dtype.

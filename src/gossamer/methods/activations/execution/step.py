@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from gossamer.kernels.gather_gemv import native
 from gossamer.methods.activations.execution.program import Program
 from gossamer.methods.activations.positions import Positions
+from gossamer.models import at_work
 
 __all__ = ["Buffers", "Step"]
 
@@ -101,6 +102,12 @@ class Step:
         self.dtype = program.parts.embed.weight.dtype
         self.buffers: WeakKeyDictionary[Any, Buffers] = WeakKeyDictionary()
         self.steps = 0
+        self.model: Any = None
+        self.works: tuple[Any, ...] = ()
+
+    def know(self, model: Any) -> None:
+        """Remember which methods are at work on the model while this step holds."""
+        self.model, self.works = model, at_work(model)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """A decode step natively; anything else as the model does it."""
@@ -121,6 +128,9 @@ class Step:
         if tokens.shape[1] != 1 or not 1 <= len(tokens) <= self.most:
             return False
         if torch.is_grad_enabled() or self.base.training or self.counting():
+            return False
+        # A method that joined since has hooks in the blocks, which this step would pass by.
+        if self.model is not None and at_work(self.model) != self.works:
             return False
         # Outputs of inner layers are the model's own affair.
         if any(given[name] for name in given if name not in _KNOWN):
