@@ -270,6 +270,14 @@ def test_saving_writes_the_zeros(times, tmp_path):
     assert same(bits(type(model).from_pretrained(tmp_path / "plain")), before)
 
 
+def test_the_pruning_still_reports_its_bytes(times):
+    model, applied = pruned()
+    saved, rows = applied.weight_bytes_saved(), applied.report().rows
+    with accelerate(model, report=None):
+        assert applied.weight_bytes_saved() == saved
+        assert applied.report().rows == rows
+
+
 def test_undoing_the_pruning_undoes_this_first(times):
     dense = bits(tiny_model("llama"))
     model, applied = pruned()

@@ -1,7 +1,7 @@
 """AcceleratedLinear: takes a linear layer's place and runs each batch size as was measured best."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +44,8 @@ class AcceleratedLinear(nn.Module):
         self.kind = (layer.weight.device, layer.weight.dtype)
         self.bias = layer.bias
         if keep_dense:
-            self.weight: nn.Parameter = layer.weight  # pyright: ignore[reportAttributeAccessIssue]
+            # Not by name: the attribute exists before, made anew at every reading.
+            self._parameters["weight"] = cast(nn.Parameter, layer.weight)
         self.train(layer.training)
 
     @property
@@ -52,10 +53,16 @@ class AcceleratedLinear(nn.Module):
         """Whether W is stored with its zeros as well."""
         return "weight" in self._parameters
 
+    def __getattr__(self, name: str) -> Any:
+        """``weight`` can be read also where it is not kept; writing to that changes nothing."""
+        return (
+            self.dense() if name == "weight" and not self.keeps_dense else super().__getattr__(name)
+        )
+
     def dense(self) -> Tensor:
         """W, (O, I), with its zeros; made anew where it is not kept."""
         if self.keeps_dense:
-            return self.weight.detach()
+            return self._parameters["weight"].detach()  # type: ignore[union-attr]
         return next(iter(self.forms.values())).to_dense().to(self.kind[1])
 
     def runs(self, rows: int) -> str:

@@ -166,7 +166,7 @@ class Bench:
         rate, moved, note = None, sizes.bytes_moved, None
         if setup.timed and not simulated:
             rate = self._speed()
-        elif setup.accelerate and applied is not None and report and report.unit == "weights":
+        elif simulated and setup.accelerate and report and report.unit == "weights":
             with accelerate(self.model, keep_dense=True, report=None) as faster:
                 simulated = not faster.layers
                 moved += faster.bytes_moved() - faster.dense_bytes
