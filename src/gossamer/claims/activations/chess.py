@@ -42,7 +42,7 @@ def _parts() -> list[tuple[Tensor, Tensor]]:
         for name in found:
             handles.append(getattr(layer.mlp, name).register_forward_hook(hook(name)))
     with torch.no_grad():
-        nano().model(heldout(4).input_ids)
+        nano().model(heldout(2).input_ids)
     for handle in handles:
         handle.remove()
     return list(zip(found["act_fn"], found["up_proj"], strict=True))
