@@ -29,8 +29,8 @@ def _vit(width: int, depth: int, seed: int) -> Any:
         image_size=8,
         patch_size=2,
         num_channels=1,
-        num_labels=10,
     )
+    config.num_labels = 10
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return ViTForImageClassification(config).eval()

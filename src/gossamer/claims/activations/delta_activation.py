@@ -17,7 +17,7 @@ from gossamer.models import Inputs
 __all__ = ["CLAIMS"]
 
 FRAMES, SIZE = 8, 16
-PENALTY = 6.0
+PENALTY = 7.0
 
 
 def _clips(seed: int, train: int, test: int) -> tuple[Inputs, Inputs]:
