@@ -33,7 +33,7 @@ def test_figures_are_those_of_the_method(capsys, folder):
     expected = SparsingLaw(percent=5.0, tokens=64).measure(loaded.model, tokens, tokens)
     assert found["sparsity"] == pytest.approx(expected.sparsity)
     assert found["active"] == pytest.approx(1 - expected.sparsity)
-    assert found["ratio"] == pytest.approx(expected.ratio)
+    assert found["growth"] == pytest.approx(expected.growth)
     assert found["shares"] == pytest.approx(expected.shares)
     assert main([*words, "--rule", "topk"]) == 0
     lines = capsys.readouterr().out.splitlines()

@@ -82,7 +82,7 @@ def measure(
     lines = [
         f"{model}: {found.sparsity:.2%} of the neurons can go from a token at {percent:g} % "
         f"perplexity ({rule}, level {found.level:.4f})",
-        f"perplexity ratio {found.fitted:.4f} on the text searched on, {found.ratio:.4f} on the "
+        f"perplexity ratio {found.fitted:.4f} on the text searched on, {found.growth:.4f} on the "
         "text reported on",
         *(f"  {name:<{wide}}  {share:7.2%}" for name, share in found.shares.items()),
     ]

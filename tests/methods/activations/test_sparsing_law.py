@@ -47,7 +47,7 @@ def test_what_is_found_is_what_works() -> None:
         ratios = [score(model, t).perplexity / d for t, d in zip((data, other), dense, strict=True)]
         shares = work.measure(other)
     assert report.fitted == pytest.approx(ratios[0], rel=1e-4)
-    assert report.ratio == pytest.approx(ratios[1], rel=1e-4)
+    assert report.growth == pytest.approx(ratios[1], rel=1e-4)
     assert report.shares == pytest.approx(shares, abs=1e-6)
     assert report.sparsity == pytest.approx(sum(shares.values()) / 2)
     assert report.active == pytest.approx(1 - report.sparsity)

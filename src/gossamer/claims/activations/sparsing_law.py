@@ -31,7 +31,7 @@ def _price(seed: int) -> Figures:
         method = SparsingLaw(rule=rule, tokens=32 * LENGTH)
         found = method.measure(model, text().slice(32), heldout().slice(64))
         figures[rule] = found.sparsity
-        figures[f"{rule}_fitted"], figures[f"{rule}_ratio"] = found.fitted, found.ratio
+        figures[f"{rule}_fitted"], figures[f"{rule}_ratio"] = found.fitted, found.growth
     return figures
 
 

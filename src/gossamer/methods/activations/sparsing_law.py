@@ -31,7 +31,7 @@ class ActivationSparsity:
     Parameters
     ----------
     percent : growth of the perplexity that was searched for. level : that gives it.
-    fitted : ratio of perplexities on the text searched on. ratio : on other text.
+    fitted : perplexity over dense perplexity on the text searched on. growth : on other text.
     sparsity : share of neurons removed on the other text, over all layers and tokens.
     shares : the same by gate.
     """
@@ -39,7 +39,7 @@ class ActivationSparsity:
     percent: float
     level: float
     fitted: float
-    ratio: float
+    growth: float
     sparsity: float
     shares: dict[str, float]
 
@@ -167,7 +167,7 @@ class SparsingLaw(Gated):
             percent=self.percent,
             level=found.level,
             fitted=found.ratio,
-            ratio=exp(min(loss - dense, 700.0)),
+            growth=exp(min(loss - dense, 700.0)),
             sparsity=fsum(shares[g.name] * g.size for g in found.gates) / size,
             shares=shares,
         )
