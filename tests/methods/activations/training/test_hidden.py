@@ -74,7 +74,9 @@ def test_the_penalty_is_the_mean_over_layers_of_the_mean_over_rows(name):
         model(input_ids=batch["input_ids"][:1])
         model(**batch)
         value = penalty()
-    assert float(value.detach()) == pytest.approx(float(torch.stack(means).mean().detach()), rel=1e-5)
+    assert float(value.detach()) == pytest.approx(
+        float(torch.stack(means).mean().detach()), rel=1e-5
+    )
     assert torch.equal(first, value)
     value.backward()
     weight = model.model.layers[0].input_layernorm.weight
