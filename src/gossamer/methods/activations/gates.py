@@ -195,6 +195,7 @@ class Tap:
     def _cut(self, threshold: Tensor) -> Tensor:
         if self.weight is not None:
             # A channel of weight 0 feeds only zeros: any finite |v| is removed.
+            threshold = threshold.to(self.weight.device)
             threshold = torch.where(self.weight > 0, threshold / self.weight, _LARGEST)
         return threshold.clamp_max(_LARGEST)
 
