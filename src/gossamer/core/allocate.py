@@ -17,7 +17,18 @@ from gossamer.core.errors import GossamerError
 from gossamer.core.pattern import Unstructured
 from gossamer.core.scores.magnitude import lamp as lamp_score
 
-__all__ = ["er", "erk", "global_", "grouped", "kept_total", "lamp", "owl", "spread_of", "uniform"]
+__all__ = [
+    "er",
+    "erk",
+    "global_",
+    "grouped",
+    "kept_total",
+    "lamp",
+    "owl",
+    "spread_of",
+    "uniform",
+    "uniform_plus",
+]
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -26,6 +37,42 @@ def uniform(shapes: Shapes, sparsity: float) -> dict[str, float]:
     """The same sparsity everywhere."""
     check_sparsity(sparsity)
     return dict.fromkeys(shapes, float(sparsity))
+
+
+def uniform_plus(shapes: Shapes, sparsity: float, least: float = 0.2) -> dict[str, float]:
+    """First layer dense, last layer at a density of at least ``least``, the same in all others.
+
+    Source: arXiv 2202.02643, appendix.
+
+    Raises
+    ------
+    GossamerError
+        If the first and the last layer alone exceed the budget.
+    """
+    check_sparsity(sparsity)
+    names = list(shapes)
+    if sparsity == 0.0 or len(names) < 2:
+        return uniform(shapes, sparsity)
+    sizes = {name: prod(shape) for name, shape in shapes.items()}
+    budget = (1.0 - sparsity) * sum(sizes.values())
+    between = names[1:-1]
+    left = budget - sizes[names[0]]
+    if between:
+        # Where the last layer's floor does not bind, it is one of the others.
+        bound = left / (sum(sizes.values()) - sizes[names[0]])
+        last = max(least, bound)
+        left -= last * sizes[names[-1]]
+        share = left / sum(sizes[name] for name in between)
+    else:
+        last = left / sizes[names[-1]]
+        share = last
+    if share <= 0.0 or last < least:
+        raise GossamerError(
+            f"sparsity {sparsity:g} leaves nothing to the layers between a dense first layer and "
+            f"a last one of density {least:g}; lower it or use the allocation erk"
+        )
+    middle = dict.fromkeys(between, 1.0 - share)
+    return {names[0]: 0.0, **middle, names[-1]: 1.0 - last}
 
 
 def _proportional(

@@ -1,0 +1,1 @@
+"""Sparsity before and during training."""

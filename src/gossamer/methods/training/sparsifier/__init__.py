@@ -1,0 +1,1 @@
+"""What keeps a network sparse while it trains."""

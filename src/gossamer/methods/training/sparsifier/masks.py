@@ -1,0 +1,130 @@
+"""Masks of parameters while they train: applied to weights, gradients and optimizer state.
+
+A mask is a bool tensor of its parameter's shape, however that is stored; layers see their part.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from gossamer.core import GossamerError, pack_bits, unpack_bits
+
+__all__ = ["Held", "check_optimizer", "masked", "plain_optimizer", "same_everywhere", "world"]
+
+_MOMENTS = ("momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum")
+
+
+class Held:
+    """One parameter with its mask.
+
+    Parameters
+    ----------
+    weight : the model's parameter.
+    master : what the optimizer updates: the parameter itself, or its copy in higher precision.
+    """
+
+    def __init__(self, path: str, weight: nn.Parameter, master: Tensor) -> None:
+        self.path = path
+        self.weight = weight
+        self.master = master
+        self.mask = torch.ones_like(weight, dtype=torch.bool)
+
+    def tensors(self, optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
+        """The weight, its master, and all optimizer state of its shape."""
+        yield self.weight
+        if self.master is not self.weight:
+            yield self.master
+        state = cast(Mapping[Any, Mapping[str, Any]], optimizer.state)
+        for value in state.get(self.master, {}).values():
+            if isinstance(value, Tensor) and value.shape == self.weight.shape:
+                yield value
+
+    @torch.no_grad()
+    def enforce(self, optimizer: torch.optim.Optimizer) -> None:
+        """Set removed weights and their optimizer state to zero.
+
+        Products, which run several times faster than fills. The mask is stored at a byte an entry
+        and widened here for as long as it is needed.
+        """
+        wide: dict[torch.dtype, Tensor] = {}
+        for tensor in self.tensors(optimizer):
+            if tensor.dtype not in wide:
+                wide[tensor.dtype] = self.mask.view(torch.uint8).to(tensor.dtype)
+            tensor.mul_(wide[tensor.dtype])
+
+    @torch.no_grad()
+    def clear(self, optimizer: torch.optim.Optimizer, where: Tensor) -> None:
+        """Set weights and their optimizer state to zero at some places."""
+        for tensor in self.tensors(optimizer):
+            tensor.masked_fill_(where, 0)
+
+
+def masked(gradient: Tensor, mask: Tensor) -> Tensor:
+    """A gradient with zeros where weights are removed."""
+    return gradient * mask.view(torch.uint8).to(gradient.dtype)
+
+
+def plain_optimizer(optimizer: Any) -> torch.optim.Optimizer:
+    """The optimizer that steps, without what wraps it (accelerate's).
+
+    Raises
+    ------
+    GossamerError
+        If it is none of torch's: only those tell when they step.
+    """
+    while not hasattr(optimizer, "register_step_pre_hook") or hasattr(optimizer, "optimizer"):
+        inner = getattr(optimizer, "optimizer", None)
+        if inner is None:
+            raise GossamerError(
+                f"the optimizer is a {type(optimizer).__name__}; attach to a torch.optim.Optimizer"
+            )
+        optimizer = inner
+    return optimizer
+
+
+def check_optimizer(optimizer: torch.optim.Optimizer, held: Mapping[str, Held]) -> None:
+    """Refuse an optimizer that does not train these weights, or holds another model's state.
+
+    Raises
+    ------
+    GossamerError
+        Naming the weight and the shapes.
+    """
+    known = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    state = cast(Mapping[Any, Mapping[str, Any]], optimizer.state)
+    for path, one in held.items():
+        if id(one.master) not in known:
+            raise GossamerError(
+                f"the optimizer does not train {path}; make it from the model's parameters, pass "
+                "masters={name: tensor} if it trains copies, or skip the layer"
+            )
+        for name, value in state.get(one.master, {}).items():
+            if name in _MOMENTS and isinstance(value, Tensor) and value.shape != one.weight.shape:
+                raise GossamerError(
+                    f"the optimizer's {name} of {path} has shape {tuple(value.shape)}, the weight "
+                    f"{tuple(one.weight.shape)}; load the state saved with this model"
+                )
+
+
+def world() -> int:
+    """Number of processes that train together."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def same_everywhere(masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The masks of rank 0 on every rank.
+
+    Decisions come from reduced gradients and equal weights, so they agree as it is; this makes it
+    certain where a kernel's order of summation differs between devices.
+    """
+    if world() == 1:
+        return dict(masks)
+    agreed: dict[str, Tensor] = {}
+    for path, mask in masks.items():
+        bits = pack_bits(mask)
+        dist.broadcast(bits, src=0)
+        agreed[path] = unpack_bits(bits, tuple(mask.shape))
+    return agreed

@@ -1,0 +1,381 @@
+"""Sparsifier: a sparse training at work on a model and its optimizer.
+
+Between two updates it only masks gradients. After every update it sets removed weights and their
+optimizer state to zero, and at the updates its method names it changes the masks.
+"""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from gossamer.core import GossamerError, Unstructured, pack_bits, unpack_bits
+from gossamer.methods.training.sparsifier.change import Change
+from gossamer.methods.training.sparsifier.decide import exchange, initial_masks, prune_to
+from gossamer.methods.training.sparsifier.flops import TrainingFlops
+from gossamer.methods.training.sparsifier.layers import Layer, Quota, find_layers, plain_module
+from gossamer.methods.training.sparsifier.masks import (
+    Held,
+    check_optimizer,
+    masked,
+    plain_optimizer,
+    same_everywhere,
+    world,
+)
+from gossamer.methods.training.sparsifier.trained import SparselyTrained
+
+if TYPE_CHECKING:
+    from gossamer.methods.training.base import SparseTraining
+
+__all__ = ["Sparsifier"]
+
+
+class Sparsifier:
+    """Keeps a model sparse while any loop trains it: call :meth:`step` after every update.
+
+    Made by ``Method(...).attach(model, optimizer)``. Where a gradient scaler leaves an update out,
+    :meth:`step` does nothing. All processes of a distributed training hold the same masks.
+
+    Attributes
+    ----------
+    method : with all parameters. model : the bare model. updates : done so far.
+    layers : what is kept sparse. flops : operations of the training so far.
+    """
+
+    def __init__(
+        self,
+        method: "SparseTraining",
+        model: nn.Module,
+        optimizer: Any,
+        *,
+        before: Mapping[str, Tensor] | None = None,
+        masters: Mapping[str, Tensor] | None = None,
+        state: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.method = method
+        self.model = plain_module(model)
+        self.optimizer = plain_optimizer(optimizer)
+        self.layers: tuple[Layer, ...] = find_layers(self.model, method.skip)
+        self.updates = 0
+        self.warnings: list[str] = []
+        self.held = self._hold(masters or {})
+        check_optimizer(self.optimizer, self.held)
+        self.quotas = method.quotas(self.layers, method.initial_sparsity)
+        covered = {id(one.weight) for one in self.held.values()}
+        others = sum(
+            m.weight.numel()
+            for m in self.model.modules()
+            if isinstance(m, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)
+            and id(m.weight) not in covered
+        )
+        sizes = {layer.name: layer.size for layer in self.layers}
+        self.flops = TrainingFlops(sizes, others=float(others))
+        self._kept = sizes
+        self._removed: dict[str, Tensor] = {}
+        self._before = before
+        self._signal: dict[str, Tensor] = {}
+        self._stepped = False
+        if method.remembers_removed:
+            self._removed = {path: torch.zeros_like(one.master) for path, one in self.held.items()}
+        if state is None:
+            self._note_floors()
+            self._set(initial_masks(method, self.layers, self.quotas, self.held))
+        else:
+            self.load_state_dict(state)
+        self._change = method.change(self.updates + 1)
+        self._handles: list[Any] = []
+        self._watch()
+
+    # -- making -----------------------------------------------------------------------------
+
+    def _hold(self, masters: Mapping[str, Tensor]) -> dict[str, Held]:
+        held: dict[str, Held] = {}
+        for layer in self.layers:
+            if layer.parameter in held:
+                continue
+            weight = self.model.get_parameter(layer.parameter)
+            if hasattr(weight, "device_mesh"):
+                raise GossamerError(
+                    f"{layer.parameter} is sharded over processes (FSDP); "
+                    "replicate the model with DistributedDataParallel"
+                )
+            if not weight.requires_grad:
+                raise GossamerError(f"{layer.parameter} does not train; skip {layer.name}")
+            master = masters.get(layer.parameter, weight)
+            if master.shape != weight.shape:
+                raise GossamerError(
+                    f"the master of {layer.parameter} has shape {tuple(master.shape)}, the weight "
+                    f"{tuple(weight.shape)}"
+                )
+            held[layer.parameter] = Held(layer.parameter, weight, master)
+        return held
+
+    def _watch(self) -> None:
+        """Hooks on gradients and on the optimizer's step; undone by :meth:`remove`."""
+        for one in self.held.values():
+            self._handles.append(one.weight.register_hook(self._mask_gradient(one)))
+        self._handles.append(self.optimizer.register_step_pre_hook(self._before_update))
+        self._handles.append(self.optimizer.register_step_post_hook(self._after_update))
+
+    def _note_floors(self) -> None:
+        for name, quota in self.quotas.items():
+            if quota.floored:
+                text = f"{name} would be emptied; it keeps {quota.keep} of each group"
+                if text not in self.warnings:
+                    self.warnings.append(text)
+
+    # -- one update -------------------------------------------------------------------------
+
+    @property
+    def needs_dense_gradient(self) -> bool:
+        """Whether the coming update needs the gradients of removed weights as well."""
+        return self._change is not None and self._change.dense_gradient
+
+    def _mask_gradient(self, one: Held) -> Any:
+        # Masked where they arise, so that accumulation, reduction over processes and clipping
+        # see the gradient of a sparse network.
+        def hook(gradient: Tensor) -> Tensor:
+            return gradient if self.needs_dense_gradient else masked(gradient, one.mask)
+
+        return hook
+
+    def _before_update(self, *_: Any) -> None:
+        if self._stepped:
+            raise GossamerError(
+                "the optimizer stepped twice; call sparsifier.step() after every optimizer.step()"
+            )
+        if not self.needs_dense_gradient:
+            return
+        assert self._change is not None
+        for path, one in self.held.items():
+            gradient = one.master.grad
+            if gradient is None:
+                raise GossamerError(
+                    f"{path} has no gradient at update {self.updates + 1}, where masks grow by "
+                    "gradient; run backward before optimizer.step(), or skip the layer"
+                )
+            self._signal[path] = gradient.detach().abs()
+            gradient.mul_(one.mask)
+        if self._change.instead:
+            # An optimizer passes over parameters without a gradient.
+            for group in self.optimizer.param_groups:
+                for parameter in group["params"]:
+                    parameter.grad = None
+
+    def _after_update(self, *_: Any) -> None:
+        # A fused optimizer under a gradient scaler finds out by itself that gradients overflowed.
+        overflow = getattr(self.optimizer, "found_inf", None)
+        if overflow is not None and bool(overflow):
+            self._signal.clear()
+            return
+        self._stepped = True
+
+    @torch.no_grad()
+    def step(self) -> bool:
+        """Hold the masks after an update of the optimizer, and change them where it is time.
+
+        Returns
+        -------
+        Whether the masks were changed.
+        """
+        if not self._stepped:
+            return False
+        self._stepped = False
+        self.updates += 1
+        self.flops.count(self._kept, dense_gradient=self.needs_dense_gradient)
+        change = self._change
+        if change is not None:
+            try:
+                self._carry_out(change)
+            finally:
+                self._signal.clear()
+        for one in self.held.values():
+            one.enforce(self.optimizer)
+        self._change = self.method.change(self.updates + 1)
+        return change is not None
+
+    def _carry_out(self, change: Change) -> None:
+        if change.sparsity is not None:
+            masks, self.quotas = prune_to(
+                self.method, self.layers, self.held, self._removed, change.sparsity
+            )
+            self._note_floors()
+            self._set(masks)
+        if change.exchange > 0.0:
+            masks, values = exchange(
+                self.layers, self.held, self.quotas, self._signal, change, self._seed
+            )
+            self._set(masks, renew=values)
+
+    @property
+    def _seed(self) -> str:
+        return f"{self.method.seed}:{self.updates}"
+
+    def _set(
+        self,
+        masks: Mapping[str, Tensor],
+        renew: Mapping[str, tuple[Tensor, Tensor | None]] | None = None,
+    ) -> None:
+        """Put new masks to work: removed values go, returning ones come back, grown ones start.
+
+        Parameters
+        ----------
+        renew : parameter to (where weights grew, their values or None for zeros).
+        """
+        for path, mask in same_everywhere(masks).items():
+            one = self.held[path]
+            gone, back = one.mask & ~mask, mask & ~one.mask
+            if path in self._removed:
+                self._removed[path].add_(one.master.detach() * gone)
+            one.mask.copy_(mask)
+            one.clear(self.optimizer, gone)
+            if path in self._removed and renew is None:
+                for tensor in {id(t): t for t in (one.weight, one.master)}.values():
+                    tensor.add_(self._removed[path] * back)
+                self._removed[path].masked_fill_(back, 0)
+            if renew is not None:
+                grown, values = renew[path]
+                one.clear(self.optimizer, grown & mask)
+                if values is not None:
+                    for tensor in {id(t): t for t in (one.weight, one.master)}.values():
+                        tensor.add_((values * (grown & mask)).to(tensor))
+        self._count()
+
+    # -- reading ----------------------------------------------------------------------------
+
+    def mask(self, name: str) -> Tensor:
+        """The mask of a layer, (O, I); True where kept."""
+        layer = next(layer for layer in self.layers if layer.name == name)
+        return layer.view(self.held[layer.parameter].mask)
+
+    def kept(self) -> dict[str, int]:
+        """Number of kept weights of every layer."""
+        return dict(self._kept)
+
+    def _count(self) -> None:
+        self._kept = {
+            layer.name: int(layer.view(self.held[layer.parameter].mask).count_nonzero())
+            for layer in self.layers
+        }
+        if self.method.pattern == Unstructured("model"):
+            # Where layers compete, what one of them keeps follows from its mask alone.
+            layers = self._kept.items()
+            self.quotas = {name: Quota(Unstructured("layer"), kept) for name, kept in layers}
+
+    @property
+    def sparsity(self) -> float:
+        """Share removed over all layers."""
+        return 1.0 - sum(self.kept().values()) / sum(layer.size for layer in self.layers)
+
+    def memory(self) -> dict[str, int]:
+        """Bytes held beside the model and the optimizer, by purpose."""
+        largest = max(one.weight.numel() * one.weight.element_size() for one in self.held.values())
+        signal = any(
+            change is not None and change.dense_gradient
+            for change in map(self.method.change, range(1, self.method.steps + 1))
+        )
+        return {
+            "masks": sum(one.mask.numel() for one in self.held.values()),
+            "a mask while it is applied": largest,
+            "gradients while masks grow": signal
+            * sum(one.master.numel() * one.master.element_size() for one in self.held.values()),
+            "removed values": sum(t.numel() * t.element_size() for t in self._removed.values()),
+            "dense weights, to undo": sum(
+                t.numel() * t.element_size() for t in (self._before or {}).values()
+            ),
+        }
+
+    # -- stopping and going on --------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """What :meth:`load_state_dict` needs to go on exactly: plain values and tensors."""
+        if self._stepped:
+            raise GossamerError("call sparsifier.step() before saving its state")
+        return {
+            "method": self.method.to_dict(),
+            "updates": self.updates,
+            "world_size": world(),
+            "flops": self.flops.to_dict(),
+            "masks": {path: pack_bits(one.mask).cpu() for path, one in self.held.items()},
+            "removed": {path: value.clone() for path, value in self._removed.items()},
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where :meth:`state_dict` was taken. Load the model and the optimizer first, and
+        attach before loading the model, or attach with ``state=``: attaching removes weights.
+
+        Raises
+        ------
+        GossamerError
+            If the state is of another method, model or number of processes.
+        """
+        if dict(state["method"]) != self.method.to_dict():
+            wrong = [k for k, v in self.method.to_dict().items() if state["method"].get(k) != v]
+            raise GossamerError(
+                f"the state is of another training ({', '.join(wrong) or 'more parameters'} "
+                "differs); attach the method with the parameters it was saved with"
+            )
+        if state["world_size"] != world():
+            raise GossamerError(
+                f"the state was saved by {state['world_size']} processes, now there are {world()}; "
+                "resume with as many, since the batches and so the masks would differ"
+            )
+        if set(state["masks"]) != set(self.held):
+            odd = sorted(set(state["masks"]) ^ set(self.held))
+            raise GossamerError(f"the state does not fit the model's layers: {', '.join(odd[:3])}")
+        check_optimizer(self.optimizer, self.held)
+        for path, one in self.held.items():
+            one.mask.copy_(unpack_bits(state["masks"][path], tuple(one.mask.shape)))
+            one.enforce(self.optimizer)
+            if path in self._removed:
+                self._removed[path].copy_(state["removed"][path])
+        self.updates = int(state["updates"])
+        self.flops.load(state["flops"])
+        self.quotas = self.method.quotas(self.layers, self.method.sparsity_at(self.updates))
+        self._count()
+        self._change = self.method.change(self.updates + 1)
+        self._signal.clear()
+        self._stepped = False
+
+    def remove(self) -> None:
+        """Take all hooks off; the weights stay as they are."""
+        while self._handles:
+            self._handles.pop().remove()
+
+    def finish(self) -> SparselyTrained:
+        """End the training: hooks go, the sparse model stays.
+
+        Returns
+        -------
+        What reports, saves, and (attached with ``undo``) restores.
+        """
+        if self._stepped:
+            self.step()
+        memory = self.memory()
+        self.remove()
+        for one in self.held.values():
+            one.enforce(self.optimizer)
+        warnings = list(self.warnings)
+        if self.updates < self.method.steps:
+            warnings.append(
+                f"training ended at update {self.updates} of {self.method.steps}: "
+                f"the schedule is at a sparsity of {self.sparsity:.4f}"
+            )
+        masks = {layer.name: pack_bits(self.mask(layer.name)).cpu() for layer in self.layers}
+        notes = (
+            f"training took {self.flops.share:.1%} of the operations of a dense one of "
+            f"{self.flops.updates} updates ({self.flops.dense_gradients} with all gradients)",
+            "memory beside model and optimizer: "
+            + ", ".join(f"{name} {size:,} bytes" for name, size in memory.items() if size),
+        )
+        return SparselyTrained(
+            self.method,
+            self.model,
+            self.layers,
+            masks,
+            before=self._before,
+            notes=notes,
+            warnings=tuple(warnings),
+        )
