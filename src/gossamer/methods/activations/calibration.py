@@ -117,12 +117,14 @@ def up_rms(model: nn.Module, block: Block, tap: Tap) -> Tensor | None:
     return (sums / max(1, count)).sqrt().float()
 
 
-def trial_data(data: Tokens | Inputs) -> Tokens | Inputs:
-    """The part of the calibration data a greedy allocation tries its steps on: 4 x 128 tokens."""
+def trial_data(
+    data: Tokens | Inputs, sequences: int = TRIAL_SEQUENCES, length: int = TRIAL_LENGTH
+) -> Tokens | Inputs:
+    """The part of the calibration data that trials run on: its first 4 x 128 tokens by default."""
     if isinstance(data, Inputs):
-        return Inputs({name: value[:TRIAL_SEQUENCES] for name, value in data.values.items()})
-    ids = data.input_ids[:TRIAL_SEQUENCES, :TRIAL_LENGTH]
-    mask = data.attention_mask[:TRIAL_SEQUENCES, :TRIAL_LENGTH]
+        return Inputs({name: value[:sequences] for name, value in data.values.items()})
+    ids = data.input_ids[:sequences, :length]
+    mask = data.attention_mask[:sequences, :length]
     rows = mask.any(1)
     return Tokens(ids[rows], mask[rows]) if bool(rows.any()) else data
 
