@@ -212,6 +212,7 @@ class Sparsifier:
     def _seed(self) -> str:
         return f"{self.method.seed}:{self.updates}"
 
+    @torch.no_grad()
     def _set(
         self,
         masks: Mapping[str, Tensor],

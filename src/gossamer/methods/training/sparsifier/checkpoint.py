@@ -1,0 +1,53 @@
+"""The state of a sparse training in a file: masks at one bit a weight, and plain values as JSON."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from gossamer.core import GossamerError
+
+__all__ = ["STATE_FILE", "read_state", "write_state"]
+
+STATE_FILE = "gossamer_sparsifier.safetensors"
+
+
+def write_state(state: Mapping[str, Any], path: str | Path) -> None:
+    """Write what ``Sparsifier.state_dict`` gave; readers see the old file or the new one."""
+    path = Path(path)
+    tensors = {f"mask.{name}": value for name, value in state["masks"].items()}
+    tensors |= {f"removed.{name}": value.cpu() for name, value in state["removed"].items()}
+    plain = {name: state[name] for name in ("method", "updates", "world_size", "flops")}
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        save_file(tensors, str(part), metadata={"state": json.dumps(plain)})
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def read_state(path: str | Path) -> dict[str, Any]:
+    """What :func:`write_state` wrote, for ``attach(..., state=...)``.
+
+    Raises
+    ------
+    GossamerError
+        If the file is missing or none of ours.
+    """
+    try:
+        with safe_open(str(path), "pt") as file:
+            plain = json.loads((file.metadata() or {})["state"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except (OSError, SafetensorError, KeyError, json.JSONDecodeError):
+        raise GossamerError(
+            f"{path} holds no state of a sparse training; give a checkpoint written during one"
+        ) from None
+    groups: dict[str, dict[str, Any]] = {"mask": {}, "removed": {}}
+    for name, tensor in tensors.items():
+        kind, _, path_in_model = name.partition(".")
+        groups[kind][path_in_model] = tensor
+    return {**plain, "masks": groups["mask"], "removed": groups["removed"]}
