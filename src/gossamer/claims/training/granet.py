@@ -93,19 +93,19 @@ CLAIMS = (
         name="follows the curve",
         sentence="Pruning and regenerating from half of the weights, GraNet keeps exactly what the "
         "cubic curve says and beats a static random mask at equal training FLOPs.",
-        paper="algorithm 1; the first sparse-to-sparse training above dense-to-sparse ones (abstract)",
+        paper="algorithm 1; first sparse-to-sparse training above dense-to-sparse ones",
         experiment="digits, 64-300-100-10 to 95 % sparsity, 300 updates of SGD, a change every 20; "
         "a static mask by ERK for as many operations",
         run=_smoke,
         check=_static_check,
         ours="accuracy {granet:.1f} %, static {static:.1f} %, both at {flops:.1%} of the "
-        "operations of dense; count off by {off:.0f}, {grown:.0f} weights of the first layer regenerated",
+        "operations of dense; count off by {off:.0f}, {grown:.0f} weights of layer 1 regenerated",
     ),
     Claim(
         name="beats static at equal FLOPs",
         sentence="At 90 % sparsity and equal training FLOPs GraNet is better than a static random "
         "mask.",
-        paper="first sparse-to-sparse training above dense-to-sparse ones with ResNet-50 on ImageNet",
+        paper="ResNet-50 on ImageNet: above dense-to-sparse training at equal time (abstract)",
         experiment="digits, 64-300-100-10 to 90 % sparsity, 1500 updates; a static mask by ERK for "
         "as many operations: accuracy",
         run=_small,
