@@ -182,3 +182,25 @@ def test_groups_of_a_worked_allocation():
     # A layer too big for what is left keeps its number.
     found = allocate.grouped(shares, {"a": 400, "b": 4000, "c": 100}, 4)
     assert found == {"a": 0.25, "b": 0.75, "c": 0.5}
+
+
+def test_uniform_plus_leaves_the_first_layer_dense_and_the_last_at_a_fifth():
+    shapes = {"first": (10, 10), "a": (40, 40), "b": (40, 40), "last": (10, 40)}
+    shares = allocate.uniform_plus(shapes, 0.9)
+    assert shares["first"] == 0.0
+    assert shares["last"] == pytest.approx(0.8)
+    assert shares["a"] == shares["b"]
+    kept = 100 + 0.2 * 400 + (1 - shares["a"]) * 3200
+    assert kept == pytest.approx(0.1 * 3700)
+
+
+def test_uniform_plus_treats_the_last_layer_alike_where_its_floor_does_not_bind():
+    shapes = {"first": (10, 10), "a": (40, 40), "last": (10, 40)}
+    shares = allocate.uniform_plus(shapes, 0.5)
+    assert shares["a"] == pytest.approx(shares["last"])
+    assert 100 + (1 - shares["a"]) * 2000 == pytest.approx(0.5 * 2100)
+
+
+def test_uniform_plus_refuses_what_its_dense_layers_alone_exceed():
+    with pytest.raises(GossamerError, match="leaves nothing to the layers between"):
+        allocate.uniform_plus({"first": (64, 64), "a": (8, 8), "last": (8, 8)}, 0.9)

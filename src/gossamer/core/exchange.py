@@ -43,16 +43,17 @@ def survivors(weight: Tensor, mask: Tensor, share: float, pattern: Pattern) -> T
 def survivors_by_sign(weight: Tensor, mask: Tensor, share: float) -> Tensor:
     """What is left after the kept weights closest to zero on either side are dropped.
 
-    The share is taken of the positive weights (zeros among them) and of the negative ones apart.
+    The share, at most what there is room to grow elsewhere, is taken of the positive weights
+    (zeros among them) and of the negative ones apart.
 
     Source: SET, Nature Communications 9:2383, Methods.
     """
-    room = mask.numel() - int(mask.sum())
+    kept = int(mask.sum())
+    share = min(share, (mask.numel() - kept) / max(kept, 1))
     rule, left = Unstructured("layer"), mask.clone()
     for side in (mask & (weight >= 0), mask & (weight < 0)):
         count = int(side.sum())
-        drop = min(round(share * count), room)
-        room -= drop
+        drop = round(share * count)
         score = torch.where(side, weight.detach().abs().float(), -1.0)
         left &= ~side | rule.select(score, Budget(keep=count - drop)).mask()
     return left
