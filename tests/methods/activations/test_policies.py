@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gossamer.core import GossamerError, kept_count
-from gossamer.methods.activations.across import across, grid_of, hull
+from gossamer.methods.activations.across import across, grid_of, hull, refined
 from gossamer.methods.activations.fingerprint import fingerprint
 from gossamer.methods.activations.gates import drop_all_but
 from gossamer.methods.activations.invariant import Invariant
@@ -103,9 +103,24 @@ def test_the_hull_drops_points_above_a_chord() -> None:
 
 
 def test_the_budget_goes_where_it_is_cheap() -> None:
-    curves = {0: [(0.5, 0.1), (1.0, 0.2)], 1: [(0.5, 10.0), (1.0, 40.0)]}
+    curves = {0: [(0.5, 0.1), (1.0, 0.2)], 1: [(0.5, 10.0), (1.0, 20.0)]}
     assert across(curves, {0: 1.0, 1: 1.0}, 0.5) == pytest.approx({0: 1.0, 1: 0.0})
     assert across(curves, {0: 1.0, 1: 1.0}, 0.6) == pytest.approx({0: 1.0, 1: 0.2})
+
+
+def test_between_points_errors_follow_a_power() -> None:
+    points = refined([(0.2, 0.04), (0.4, 0.16), (0.8, 1.28)], 0.1)
+    assert points[0] == (0.0, 0.0)
+    found = {round(s, 3): e for s, e in points}
+    expected = {0.1: 0.01, 0.2: 0.04, 0.3: 0.09, 0.4: 0.16, 0.6: 0.54, 0.8: 1.28}
+    assert {s: found[s] for s in expected} == pytest.approx(expected)
+
+
+def test_two_blocks_are_evened_where_their_slopes_meet() -> None:
+    # Errors s^2 and 3 s^2: slopes meet at shares in the proportion 3 to 1.
+    curves = {b: [(s, k * s * s) for s in (0.25, 0.5, 0.75)] for b, k in ((0, 1.0), (1, 3.0))}
+    found = across(curves, {0: 1.0, 1: 1.0}, 0.4)
+    assert found == pytest.approx({0: 0.6, 1: 0.2}, abs=0.02)
 
 
 @given(

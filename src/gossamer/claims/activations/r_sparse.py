@@ -88,8 +88,8 @@ CLAIMS = (
         name="no worse than TEAL at equal bytes",
         sentence="A searched split between channels and rank loses no more than channels alone.",
         paper="comparable to dense at 50 % on ten tasks (abstract)",
-        experiment="nano at 60 % of the bytes, 8 x 256 tokens, 20 evaluations that include channels alone: "
-        "held-out perplexity at most TEAL's",
+        experiment="nano at 60 % of the bytes, 8 x 256 tokens, 20 evaluations that include "
+        "channels alone: held-out perplexity at most TEAL's",
         run=_quality,
         check=at_most("searched", "teal", 1.0, 1.01),
         ours="perplexity searched {searched:.2f}, share 0.8 everywhere {half:.2f}, TEAL {teal:.2f}",

@@ -1,14 +1,15 @@
 """Split a sparsity over blocks by what each block's sparsity does to the model's output.
 
 TEAL gives all blocks one target. Here every block is tried alone at several sparsities, and the
-budget goes where it costs least. Errors of blocks are taken to add up.
+budget goes where it costs least. Errors of blocks are taken to add up, and to follow a power of
+the sparsity between two measured points.
 """
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from math import fsum
+from math import fsum, log
 
-__all__ = ["across", "grid_of", "hull"]
+__all__ = ["across", "grid_of", "hull", "refined"]
 
 Point = tuple[float, float]  # sparsity, error
 
@@ -29,6 +30,30 @@ def hull(points: Sequence[Point]) -> list[Point]:
     return found
 
 
+def refined(points: Sequence[Point], step: float = 0.01) -> list[Point]:
+    """The measured points and those between, from (0, 0), on powers of the sparsity.
+
+    Straight lines would put a kink at every measured point, and every budget on one.
+
+    Parameters
+    ----------
+    points : (sparsity, error), sparsities above 0.
+    """
+    found = sorted((s, max(e, 1e-12)) for s, e in points)
+    result: list[Point] = [(0.0, 0.0)]
+    start = 0.0
+    for index, (high, error) in enumerate(found):
+        # Below the first point, the power between the first two goes on.
+        low, base = found[max(0, index - 1)] if index else found[min(1, len(found) - 1)]
+        power = log(error / base) / log(high / low) if high != low else 1.0
+        count = max(1, round((high - start) / step))
+        for k in range(1, count + 1):
+            at = start + (high - start) * k / count
+            result.append((at, error * (at / high) ** max(power, 0.0)))
+        start = high
+    return result
+
+
 def _slope(a: Point, b: Point) -> float:
     return (b[1] - a[1]) / (b[0] - a[0])
 
@@ -40,7 +65,7 @@ def across(
 
     Parameters
     ----------
-    curves : per block, measured (sparsity, error); (0, 0) is added.
+    curves : per block, measured (sparsity, error), see :func:`refined`.
     sizes : weights of each block.
 
     The cheapest segments of all convex hulls are taken until the budget is met, the last in
@@ -48,7 +73,7 @@ def across(
     """
     segments = []
     for block, points in curves.items():
-        corners = hull([(0.0, 0.0), *points])
+        corners = hull(refined(points))
         for low, high in pairwise(corners):
             width = (high[0] - low[0]) * sizes[block]
             segments.append((_slope(low, high) / sizes[block], low[0], block, width))
