@@ -1,7 +1,7 @@
 """Masks that move while a network trains: drop small weights, grow where the gradient is large.
 
-RigL's update for the masks of this sub-package and no more; the family of methods that train
-sparse networks has its own place.
+RigL's update for the masks of this sub-package; the family of methods that train sparse networks
+shares its drop and its growth (:mod:`gossamer.core.exchange`).
 """
 
 from collections.abc import Iterator
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.core import Budget, Unstructured
+from gossamer.core.exchange import grow, survivors
 from gossamer.core.schedule import Cosine
 from gossamer.methods.weights.structured.masked import MaskedModule, masked_modules
 
@@ -77,18 +78,13 @@ class MaskUpdater:
         return True
 
     def _move(self, weight: nn.Parameter, mask: Tensor, gradient: Tensor) -> None:
-        rule, kept = Unstructured("layer"), int(mask.sum())
-        count = min(round(self._share * kept), mask.numel() - kept)
-        flat = _matrix(mask)
-        small = torch.where(flat, _matrix(weight).abs().float(), -1.0)
-        stays = rule.select(small, Budget(keep=kept - count)).mask()
-        steep = torch.where(stays, -1.0, _matrix(gradient).abs().float())
-        grown = rule.select(steep, Budget(keep=count)).mask()
-        new = (stays | grown).view(mask.shape)
-        fresh = grown.view(mask.shape)
-        mask.copy_(new)
+        rule, flat = Unstructured("layer"), _matrix(mask)
+        left = survivors(_matrix(weight), flat, self._share, rule)
+        grown = grow(left, _matrix(gradient).abs(), rule, Budget(keep=int(flat.sum())))
+        fresh = (grown & ~left).view(mask.shape)
+        mask.copy_(grown.view(mask.shape))
         # A dropped weight that grows again starts from zero like the others.
-        changed = ~new | fresh
+        changed = ~mask | fresh
         weight.masked_fill_(changed, 0)
         for value in self._moments(weight):
             value.masked_fill_(changed, 0)

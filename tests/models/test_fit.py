@@ -1,0 +1,121 @@
+"""The training loop: seeded, clipped, watched, and nothing left behind."""
+
+import pytest
+import torch
+from torch import nn
+
+from gossamer.core import GossamerError
+from gossamer.models import Inputs
+from gossamer.models.fit import FitPlan, batches, fit, in_float32
+from tests.models.subjects import random_tokens
+from tests.models.tiny import tiny_model
+
+
+class Line(nn.Module):
+    """Squared distance of w x from y as its own loss; draws dropout."""
+
+    def __init__(self):
+        super().__init__()
+        self.map = nn.Linear(1, 1, bias=False)
+        self.idle = nn.Linear(1, 1)
+        self.drop = nn.Dropout(0.5)
+        nn.init.zeros_(self.map.weight)
+
+    def forward(self, x, y):
+        class Out:
+            loss = (self.map(x) - y).square().mean() + 0 * self.drop(x).sum()
+
+        return Out
+
+
+def line(count=16):
+    x = torch.linspace(-1, 1, count)[:, None]
+    return Inputs({"x": x, "y": 3 * x})
+
+
+PLAN = FitPlan(steps=60, lr=0.3, batch_size=4)
+
+
+def test_it_learns_and_leaves_nothing_behind():
+    model = Line().eval()
+    model.map.weight.grad = mark = torch.ones(1, 1)
+    model.idle.requires_grad_(False)
+    torch.manual_seed(7)
+    state = torch.get_rng_state()
+    losses = fit(model, line(), PLAN)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model.map.weight.item() == pytest.approx(3.0, abs=0.2)
+    assert losses[-1] < 0.05 * losses[0]
+    assert not model.training
+    assert model.map.weight.grad is mark
+    assert not model.idle.weight.requires_grad
+    again = Line()
+    assert fit(again, line(), PLAN) == losses
+
+
+def test_batches_are_whole_passes_in_an_order_of_the_seed():
+    data = Inputs({"x": torch.arange(10)})
+    plan = FitPlan(steps=5, lr=1.0, batch_size=4, seed=3)
+    seen = torch.cat([b["x"] for b in batches(data, plan)])
+    assert sorted(seen[:10].tolist()) == list(range(10)) == sorted(seen[10:].tolist())
+    assert seen[:10].tolist() != seen[10:].tolist()
+
+
+def test_rates_rise_and_fall():
+    plan = FitPlan(steps=10, lr=1.0, warmup=0.2, decay=0.5)
+    rates = [plan.rate(step) for step in range(10)]
+    assert rates[:3] == [0.5, 1.0, 1.0]
+    assert rates[5:] == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.2])
+
+
+def test_the_watcher_sees_the_optimizer_first_and_every_update():
+    seen = []
+
+    def watch(optimizer):
+        seen.append(optimizer)
+        return lambda: seen.append(len(seen))
+
+    fit(Line(), line(), FitPlan(steps=3, lr=0.1, optimizer="sgd"), watch=watch)
+    assert isinstance(seen[0], torch.optim.SGD)
+    assert seen[1:] == [1, 2, 3]
+
+
+def test_only_the_chosen_parameters_move():
+    model = tiny_model("llama")
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    head = model.lm_head.weight
+    fit(model, random_tokens(), FitPlan(steps=1, lr=1e-2), parameters=[head])
+    moved = [n for n, p in model.named_parameters() if not torch.equal(p, before[n])]
+    assert moved == [n for n, p in model.named_parameters() if p is head]
+
+
+def test_half_precision_comes_back_as_it_was():
+    model = Line().bfloat16()
+    with in_float32(model):
+        assert model.map.weight.dtype == torch.float32
+    assert model.map.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"lr": 0.0}, "lr is 0"),
+        ({"lr": float("nan")}, "lr is nan"),
+        ({"steps": -1}, "steps is -1"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"warmup": 2.0}, "shares of the steps"),
+        ({"clip": 0.0}, "clip is 0.0"),
+        ({"optimizer": "adam"}, "unknown optimizer"),
+    ],
+)
+def test_numbers_that_are_no_training(values, message):
+    with pytest.raises(GossamerError, match=message):
+        FitPlan(**{"steps": 1, "lr": 1.0, **values})
+
+
+def test_divergence_is_said():
+    data = Inputs({"x": torch.ones(4, 1) * float("inf"), "y": torch.ones(4, 1)})
+    with pytest.raises(GossamerError, match="the loss is .* at step 1 of 60; lower"):
+        fit(Line(), data, PLAN)
+    with pytest.raises(GossamerError, match="no parameter of the model is trainable"):
+        fit(Line().requires_grad_(False), line(), PLAN)
