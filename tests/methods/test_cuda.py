@@ -27,7 +27,8 @@ def test_every_method_agrees_with_the_cpu(key):
                 results.append(model(input_ids=ids).logits.cpu())
             assert applied.report().rows
         assert_untouched(model, before)
-    if methods.get(key).card.family == "features":
+    trains = getattr(example(key), "steps", 0) or methods.get(key).card.family == "features"
+    if trains:
         # Trained on each device in its own arithmetic: alike, not equal.
         assert torch.isfinite(results[1]).all()
     else:
