@@ -8,7 +8,8 @@ straight line between the measured points), and the perplexity at each sparsity.
 against itself what it reads besides: low-rank factors, changes of basis, the gate matrix.
 
     python benchmarks/activation_quality.py MODEL --out OUT [--data TEXT --calibration TEXT]
-        [--seeds 3] [--windows 16] [--samples 16] [--length 512] [--threads 1]
+        [--seeds 3] [--windows 16] [--samples 16] [--length 512] [--threads 1] [--jobs 1]
+        [--device cuda]
 """
 
 import argparse
@@ -78,7 +79,13 @@ def main() -> None:
     parser.add_argument("--calibration", help="text to calibrate on")
     parser.add_argument("--methods", nargs="*", default=list(METHODS))
     parser.add_argument("--seeds", type=int, default=3)
-    for name, value in (("windows", 16), ("samples", 16), ("length", 512), ("threads", 1)):
+    for name, value in (
+        ("windows", 16),
+        ("samples", 16),
+        ("length", 512),
+        ("threads", 1),
+        ("jobs", 1),
+    ):
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--percent", type=float, default=1.0)
     parser.add_argument("--device", default="cpu")
@@ -103,6 +110,7 @@ def main() -> None:
             seed=seed,
             device=given.device,
             threads=given.threads,
+            jobs=given.jobs,
             timed=False,
             on_row=lambda row, done, total: print(f"\r{done}/{total}", end="", flush=True),
         )
