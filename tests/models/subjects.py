@@ -21,6 +21,7 @@ from tests.models.clips import (
     wrong_labels,
 )
 from tests.models.dynamics import broken, perceptron, predictions, pushes
+from tests.models.tables import autoencoder, broken_table, reconstruction, table
 from tests.models.tiny import tiny_model
 from tests.models.vision import images, logits, mobilenet
 from tests.models.vlm import image_prompt, tiny_vlm
@@ -92,6 +93,9 @@ SUBJECTS: dict[str, Subject] = {
         build=tiny_vlm,
         data=lambda: None,
         outputs=_image_logits,
+    ),
+    "autoencoder": Subject(
+        build=autoencoder, data=table, outputs=reconstruction, broken=broken_table
     ),
     "dynamics model": Subject(build=perceptron, data=pushes, outputs=predictions, broken=broken),
 }

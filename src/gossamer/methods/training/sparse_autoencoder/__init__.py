@@ -1,0 +1,1 @@
+"""A denoising autoencoder trained with few connections, for choosing features."""
