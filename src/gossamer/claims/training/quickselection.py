@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,7 +33,7 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-_SETS: dict[str, tuple[Callable[..., tuple[Array, Array]], int, int]] = {
+_SETS: dict[str, tuple[Callable[..., Any], int, int]] = {
     # Features kept, and epochs: about as many updates for each.
     "digits": (load_digits, 16, 10),
     "cancer": (load_breast_cancer, 5, 30),

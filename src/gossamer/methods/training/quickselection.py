@@ -53,8 +53,8 @@ class QuickSelection(Method):
     Source: arXiv 2012.00560. Departs from the paper: constant features take no part and have
     strength 0; dropout also masks the gradient and scales survivors up, so that nothing is scaled
     afterwards; shares removed are exact counts for each sign; strength is read after the last
-    epoch. 30 epochs by default instead of 100: on small tables more of them favour features that are
-    nearly constant.
+    epoch. 30 epochs by default instead of 100: on small tables more of them favour features
+    that are nearly constant.
     """
 
     card: ClassVar = Card(
