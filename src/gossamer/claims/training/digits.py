@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from functools import cache
 from itertools import pairwise
+from typing import Any
 
 import torch
 from sklearn.datasets import load_digits
@@ -10,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from gossamer.claims.base import Figures
-from gossamer.methods.training.base import SparseTraining, Sparsifier
+from gossamer.methods.training.base import SparseTraining, Sparsifier, StartLoss
 
-__all__ = ["WIDTHS", "accuracy", "mlp", "train", "trained"]
+__all__ = ["WIDTHS", "accuracy", "images", "mlp", "train", "trained"]
 
 WIDTHS = (64, 300, 100, 10)
 
@@ -27,6 +28,12 @@ def _digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     half = len(x) // 2
     train, test = order[:half], order[half:]
     return x[train], y[train], x[test], y[test]
+
+
+def images() -> tuple[Tensor, Tensor]:
+    """Pixels and labels of the training half."""
+    x, y, _, _ = _digits()
+    return x, y
 
 
 def mlp(seed: int, widths: Sequence[int] = WIDTHS) -> nn.Sequential:
@@ -50,17 +57,28 @@ def accuracy(net: nn.Module) -> Figures:
 
 def train(
     net: nn.Module,
-    method: SparseTraining | None,
+    method: SparseTraining | Callable[[nn.Module, Any], Sparsifier] | None,
     seed: int,
     steps: int,
     *,
     lr: float = 0.1,
+    loss: StartLoss | None = None,
     watch: Callable[[Sparsifier], None] | None = None,
 ) -> Sparsifier | None:
-    """Train with SGD whose rate falls linearly; dense without a method."""
+    """Train with SGD whose rate falls linearly; dense without a method.
+
+    Parameters
+    ----------
+    method : or what attaches one to a network and an optimizer.
+    loss : what methods take that score the network before training.
+    watch : called after every update.
+    """
     x, y, _, _ = _digits()
     optimizer = torch.optim.SGD(net.parameters(), lr=lr, momentum=0.9, weight_decay=5e-4)
-    sparsifier = None if method is None else method.attach(net, optimizer)
+    if isinstance(method, SparseTraining):
+        sparsifier = method.attach(net, optimizer, loss=loss)
+    else:
+        sparsifier = None if method is None else method(net, optimizer)
     generator = torch.Generator().manual_seed(seed)
     for step in range(steps):
         rows = torch.randint(len(x), (64,), generator=generator)

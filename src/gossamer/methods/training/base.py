@@ -22,7 +22,7 @@ from gossamer.core import (
     check_count,
     unknown,
 )
-from gossamer.methods.training.sparsifier.change import Change, Growth
+from gossamer.methods.training.sparsifier.change import Change, Growth, StartLoss
 from gossamer.methods.training.sparsifier.layers import (
     Allocation,
     Layer,
@@ -37,8 +37,9 @@ from gossamer.methods.training.sparsifier.trained import (
     put_back,
     reattached,
 )
-from gossamer.models import Inputs, Progress, as_tokens
-from gossamer.models.fit import FitPlan, fit, in_float32
+from gossamer.models import Inputs, Progress, Tokens, as_tokens
+from gossamer.models.fit import FitPlan, batches, fit, in_float32
+from gossamer.models.gradient import own_loss
 
 __all__ = [
     "Allocation",
@@ -47,6 +48,7 @@ __all__ = [
     "SparseTraining",
     "SparselyTrained",
     "Sparsifier",
+    "StartLoss",
     "check_share",
 ]
 
@@ -142,6 +144,22 @@ class SparseTraining(Method):
         assert self.sparsity is not None
         return self.sparsity
 
+    def start_scores(
+        self, model: nn.Module, layers: tuple[Layer, ...], loss: StartLoss | None
+    ) -> Mapping[str, Tensor] | None:
+        """Scores of the untrained network that choose the first masks; None for noise."""
+        return None
+
+    def first_loss(self, samples: Tokens | Inputs) -> StartLoss | None:
+        """What ``apply`` gives methods that score the untrained network: the first batch's loss."""
+        first = next(batches(samples, self.plan()))
+
+        def loss(model: nn.Module) -> Tensor:
+            device = next(model.parameters()).device
+            return own_loss(model, {name: value.to(device) for name, value in first.items()})
+
+        return loss
+
     def quotas(self, layers: tuple[Layer, ...], sparsity: float) -> dict[str, Quota]:
         """What every layer keeps at a sparsity."""
         return quotas(layers, self.pattern, self.allocation, sparsity)
@@ -164,6 +182,7 @@ class SparseTraining(Method):
         undo: bool = False,
         masters: Mapping[str, Tensor] | None = None,
         state: Mapping[str, Any] | None = None,
+        loss: StartLoss | None = None,
     ) -> Sparsifier:
         """Make a model sparse for a training loop of one's own.
 
@@ -176,6 +195,7 @@ class SparseTraining(Method):
         masters : parameter name to the copy in higher precision that the optimizer trains, where
             it does not train the parameters themselves; magnitudes are read there.
         state : of :meth:`Sparsifier.state_dict`, to go on with the weights the model now has.
+        loss : function of the model to a scalar, for methods that score it before training.
 
         Raises
         ------
@@ -183,7 +203,9 @@ class SparseTraining(Method):
             If a layer cannot take the pattern, or the optimizer does not fit the model.
         """
         before = copy_of(plain_module(model)) if undo else None
-        return Sparsifier(self, model, optimizer, before=before, masters=masters, state=state)
+        return Sparsifier(
+            self, model, optimizer, before=before, masters=masters, state=state, loss=loss
+        )
 
     def apply(
         self,
@@ -212,7 +234,8 @@ class SparseTraining(Method):
 
         def watch(optimizer: Any) -> Any:
             kept = before if undo else None
-            made.append(Sparsifier(self, model, optimizer, before=kept))
+            loss = self.first_loss(samples)
+            made.append(Sparsifier(self, model, optimizer, before=kept, loss=loss))
             return made[0].step
 
         try:

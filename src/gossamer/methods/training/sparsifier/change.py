@@ -1,11 +1,15 @@
 """What may happen to the masks at one update of a training, as data."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["Change", "Growth"]
+from torch import Tensor, nn
+
+__all__ = ["Change", "Growth", "StartLoss"]
 
 Growth = Literal["gradient", "random"]
+StartLoss = Callable[[nn.Module], Tensor]
 
 
 @dataclass(frozen=True)

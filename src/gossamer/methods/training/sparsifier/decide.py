@@ -21,7 +21,7 @@ from gossamer.methods.training.sparsifier.masks import Held
 if TYPE_CHECKING:
     from gossamer.methods.training.base import SparseTraining
 
-__all__ = ["exchange", "initial_masks", "prune_to"]
+__all__ = ["exchange", "first_masks", "prune_to"]
 
 
 def _number(text: str) -> int:
@@ -33,19 +33,42 @@ def _fresh(held: Mapping[str, Held]) -> dict[str, Tensor]:
     return {path: torch.ones_like(one.mask) for path, one in held.items()}
 
 
-def initial_masks(
+def first_masks(
     method: "SparseTraining",
     layers: tuple[Layer, ...],
     quotas: Mapping[str, Quota],
     held: Mapping[str, Held],
-) -> dict[str, Tensor]:
-    """Random masks of exactly the quota, from the method's seed."""
+    scores: Mapping[str, Tensor] | None,
+) -> tuple[dict[str, Tensor], dict[str, Quota]]:
+    """Masks of exactly the quota: random ones from the method's seed, or those of some scores."""
+    if scores is None:
+        scores = {
+            layer.name: uniform_random(
+                layer.view(held[layer.parameter].mask),
+                _number(f"{method.seed}:mask:{layer.name}"),
+            )
+            for layer in layers
+        }
+    elif method.pattern == Unstructured("model"):
+        return _arranged(layers, held, *_compete(layers, scores, method.initial_sparsity))
+    chosen = {
+        name: quota.pattern.select(scores[name], quota.budget).mask()
+        for name, quota in quotas.items()
+    }
+    return _arranged(layers, held, chosen, quotas)
+
+
+def _arranged(
+    layers: tuple[Layer, ...],
+    held: Mapping[str, Held],
+    chosen: Mapping[str, Tensor],
+    quotas: Mapping[str, Quota],
+) -> tuple[dict[str, Tensor], dict[str, Quota]]:
+    """Masks of layers as masks of parameters."""
     masks = _fresh(held)
     for layer in layers:
-        quota, own = quotas[layer.name], layer.view(masks[layer.parameter])
-        noise = uniform_random(own, _number(f"{method.seed}:mask:{layer.name}"))
-        own.copy_(quota.pattern.select(noise, quota.budget).mask())
-    return masks
+        layer.view(masks[layer.parameter]).copy_(chosen[layer.name])
+    return masks, dict(quotas)
 
 
 def prune_to(
@@ -80,10 +103,7 @@ def prune_to(
             .mask()
             for layer in layers
         }
-    masks = _fresh(held)
-    for layer in layers:
-        layer.view(masks[layer.parameter]).copy_(chosen[layer.name])
-    return masks, quotas
+    return _arranged(layers, held, chosen, quotas)
 
 
 def _compete(

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.core import GossamerError, Unstructured, pack_bits, unpack_bits
-from gossamer.methods.training.sparsifier.change import Change
-from gossamer.methods.training.sparsifier.decide import exchange, initial_masks, prune_to
+from gossamer.methods.training.sparsifier.change import Change, StartLoss
+from gossamer.methods.training.sparsifier.decide import exchange, first_masks, prune_to
 from gossamer.methods.training.sparsifier.flops import TrainingFlops
 from gossamer.methods.training.sparsifier.layers import Layer, Quota, find_layers, plain_module
 from gossamer.methods.training.sparsifier.masks import (
@@ -52,6 +52,7 @@ class Sparsifier:
         before: Mapping[str, Tensor] | None = None,
         masters: Mapping[str, Tensor] | None = None,
         state: Mapping[str, Any] | None = None,
+        loss: StartLoss | None = None,
     ) -> None:
         self.method = method
         self.model = plain_module(model)
@@ -79,8 +80,10 @@ class Sparsifier:
         if method.remembers_removed:
             self._removed = {path: torch.zeros_like(one.master) for path, one in self.held.items()}
         if state is None:
+            scores = method.start_scores(self.model, self.layers, loss)
+            masks, self.quotas = first_masks(method, self.layers, self.quotas, self.held, scores)
             self._note_floors()
-            self._set(initial_masks(method, self.layers, self.quotas, self.held))
+            self._set(masks)
         else:
             self.load_state_dict(state)
         self._change = method.change(self.updates + 1)

@@ -1,0 +1,1 @@
+"""Masks found before training, from scores of the untrained network."""

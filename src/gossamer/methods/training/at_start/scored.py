@@ -1,0 +1,107 @@
+"""What methods share that score an untrained network, choose masks once, and train under them."""
+
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from gossamer.core import GossamerError, Pattern, Unstructured
+from gossamer.methods.training.base import Change, SparseTraining, StartLoss
+from gossamer.methods.training.sparsifier.layers import Layer
+
+__all__ = ["AtStart", "gradients_of", "needed"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AtStart(SparseTraining):
+    """Base of the methods that prune at initialisation: a score, one selection, static masks.
+
+    Parameters
+    ----------
+    pattern : ``"model"`` lets all layers compete, as in the papers.
+    invert : keep the lowest scores instead: a check of whether a score says anything.
+    """
+
+    patterns: ClassVar[tuple[str, ...]] = ("model", "layer", "row", "N:M", "block")
+    example: ClassVar[Mapping[str, Any]] = {"steps": 2, "batch_size": 3}
+    exempt: ClassVar[Mapping[str, str]] = {
+        "dense at sparsity 0": "training changes the weights at any sparsity",
+        "encoders": "the tiny encoders' data has no labels, so there is no loss to train on",
+    }
+
+    pattern: Pattern = Unstructured(per="model")
+    invert: bool = False
+
+    @abstractmethod
+    def scores(
+        self, model: nn.Module, layers: tuple[Layer, ...], loss: StartLoss | None
+    ) -> dict[str, Tensor]:
+        """Scores of every layer in its own shape; higher means keep.
+
+        The model is in evaluation mode, and its weights, gradients and random state are put back
+        by the caller.
+        """
+
+    @property
+    def initial_sparsity(self) -> float:
+        return self.final_sparsity
+
+    def sparsity_at(self, update: int) -> float:
+        return self.final_sparsity
+
+    def change(self, update: int) -> Change | None:
+        """Nothing, ever."""
+        return None
+
+    def start_scores(
+        self, model: nn.Module, layers: tuple[Layer, ...], loss: StartLoss | None
+    ) -> dict[str, Tensor]:
+        """The scores, or their negatives if inverted."""
+        with _untouched(model), torch.enable_grad():
+            found = self.scores(model, layers, loss)
+        return {name: -score if self.invert else score for name, score in found.items()}
+
+
+@contextmanager
+def _untouched(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode and differentiable attention inside; modes and gradients put back."""
+    modes = [(module, module.training) for module in model.modules()]
+    gradients = [(p, p.grad) for p in model.parameters()]
+    try:
+        model.eval()
+        # Only the plain form of attention can be differentiated twice.
+        with sdpa_kernel(SDPBackend.MATH), torch.random.fork_rng([]):
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+
+
+def needed(method: SparseTraining, loss: StartLoss | None) -> StartLoss:
+    """The loss, or what to do about its absence."""
+    if loss is None:
+        raise GossamerError(
+            f"{method.key()} scores weights by their gradients; "
+            "attach with loss=, a function of the model on a batch or a few"
+        )
+    return loss
+
+
+def gradients_of(
+    value: Tensor, model: nn.Module, layers: tuple[Layer, ...], *, create_graph: bool = False
+) -> dict[str, Tensor]:
+    """Gradients of a scalar by parameter, for every parameter that holds a layer."""
+    paths = list(dict.fromkeys(layer.parameter for layer in layers))
+    weights = [model.get_parameter(path) for path in paths]
+    found = torch.autograd.grad(value, weights, create_graph=create_graph, allow_unused=True)
+    return {
+        path: torch.zeros_like(weight) if gradient is None else gradient
+        for path, weight, gradient in zip(paths, weights, found, strict=True)
+    }
