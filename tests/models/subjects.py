@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.models import Tokens
+from tests.models.classes import broken_labels, class_scores, classifier, labelled
 from tests.models.clips import (
     labelled_images,
     pixels,
@@ -96,6 +97,9 @@ SUBJECTS: dict[str, Subject] = {
     ),
     "autoencoder": Subject(
         build=autoencoder, data=table, outputs=reconstruction, broken=broken_table
+    ),
+    "classifier": Subject(
+        build=classifier, data=labelled, outputs=class_scores, broken=broken_labels
     ),
     "dynamics model": Subject(build=perceptron, data=pushes, outputs=predictions, broken=broken),
 }
