@@ -133,7 +133,7 @@ CLAIMS = (
         "|mu| / sigma (it is a rising function of it, so both remove the same weights).",
         paper="10 to 20 times fewer parameters with less than 3 % drop",
         experiment="digits, perceptron 64-300-100-10, 600 updates, 16 networks drawn; prior "
-        "N(0, 0.1^2), since 898 images are few; deviations hardly move from 6e-4 at the paper's rate",
+        "N(0, 0.1^2), since 898 images are few; at the paper's rate deviations hardly leave 6e-4",
         run=_classify,
         check=_classify_check,
         ours="accuracy {sparse_accuracy:.3f}, dense {dense_accuracy:.3f}, static places "
