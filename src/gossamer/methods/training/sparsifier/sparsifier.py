@@ -382,4 +382,5 @@ class Sparsifier:
             before=self._before,
             notes=notes,
             warnings=tuple(warnings),
+            flops=self.flops,
         )

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.core import GossamerError, Selection, unpack_bits
+from gossamer.methods.training.sparsifier.flops import TrainingFlops
 from gossamer.methods.training.sparsifier.layers import Layer, find_layers
 from gossamer.models import Applied, Report, SiteRow, State, at_work
 
@@ -40,6 +41,7 @@ class SparselyTrained(Applied):
     masks : layer to its mask at one bit a weight.
     before : copies to restore from, or None.
     losses : of every update, where gossamer's own loop trained.
+    flops : operations of the training; None after loading.
     """
 
     def __init__(
@@ -53,11 +55,13 @@ class SparselyTrained(Applied):
         notes: tuple[str, ...] = (),
         warnings: tuple[str, ...] = (),
         losses: tuple[float, ...] = (),
+        flops: TrainingFlops | None = None,
     ) -> None:
         super().__init__(method, model)
         self.layers = layers
         self.masks = dict(masks)
         self.losses = losses
+        self.flops = flops
         self._before = before
         self._notes = notes
         self._warnings = warnings
