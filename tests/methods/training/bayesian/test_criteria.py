@@ -68,3 +68,25 @@ def test_the_folded_signal_to_noise_ranks_as_the_plain_one():
     mu, sigma = torch.tensor([0.2, 2.0]), torch.tensor([0.1, 1.0])
     first, second = absolute_snr(mu, sigma).tolist()
     assert first == pytest.approx(second)
+
+
+@pytest.mark.parametrize(("mu", "sigma"), [*CASES, (0.4, 1.3), (-3.0, 2.0)])
+def test_against_integrals(mu, sigma):
+    """Where the tail of exp|theta| is too heavy for samples: a fine sum over 14 deviations."""
+    z = torch.linspace(-14, 14, 400_001, dtype=torch.float64)
+    density = torch.exp(-0.5 * z * z) / math.sqrt(2 * math.pi)
+    size = (mu + sigma * z).abs()
+
+    def expect(value: torch.Tensor) -> float:
+        return float(torch.trapezoid(value * density, z))
+
+    m = torch.tensor([mu], dtype=torch.float64)
+    s = torch.tensor([sigma], dtype=torch.float64)
+    for value, found, noise in (
+        (size, absolute_mean, absolute_snr),
+        (size.exp(), exponential_mean, exponential_snr),
+    ):
+        first = expect(value)
+        spread = math.sqrt(expect((value - first).square()))
+        assert float(found(m, s)) == pytest.approx(first, rel=1e-7)
+        assert float(noise(m, s)) == pytest.approx(first / spread, rel=1e-6)
