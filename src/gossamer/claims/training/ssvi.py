@@ -50,7 +50,7 @@ def _criteria(seed: int) -> Figures:
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(1_000_000, generator=generator, dtype=torch.float64)
     mu = torch.randn(6, generator=generator)
-    # Wider, and the tail of exp|theta| makes the deviation of a million samples itself 1 % uncertain.
+    # Wider ones have so heavy a tail of exp|theta| that a million samples are themselves 1 % off.
     sigma = 0.1 + 0.5 * torch.rand(6, generator=generator)
     sampled: dict[Criterion, Callable[[Tensor], Tensor]] = {
         "abs_mean": lambda size: size.mean(),
@@ -119,9 +119,8 @@ CLAIMS = (
         name="criteria in closed form",
         sentence="Mean and signal-to-noise of |theta| and exp|theta| are computed, not sampled.",
         paper="closed forms of the removal criteria",
-        experiment="six random Gaussians, deviations 0.1 to 0.6, against a million samples each, at "
-        "most 1 % off; "
-        "|mu| / sigma in their place would be far off",
+        experiment="six random Gaussians, deviations 0.1 to 0.6, against a million samples each, "
+        "at most 1 % off; |mu| / sigma in their place would be far off",
         run=_criteria,
         check=_criteria_check,
         ours="errors {abs_mean:.2%}, {abs_snr:.2%}, {exp_mean:.2%}, {exp_snr:.2%}; "
