@@ -144,9 +144,15 @@ class Applied(ABC):
         Raises
         ------
         GossamerError
-            If the method was applied without keeping what undoing needs.
+            If the method was applied without keeping what undoing needs, or a later one rewrote
+            the weights.
         """
-        if self in at_work(self.model):
+        if self in (works := at_work(self.model)):
+            later = [work for work in works[works.index(self) + 1 :] if work.rewrites]
+            if later:
+                raise GossamerError(
+                    f"{later[-1].method.key()} rewrote the weights later; restore that first"
+                )
             if (faster := vars(self.model).get(ACCELERATED)) is not None:
                 faster.restore()
             self._undo()
@@ -158,6 +164,11 @@ class Applied(ABC):
         works.remove(self)
         if not works:
             del vars(self.model)[_AT_WORK]
+
+    @property
+    def rewrites(self) -> bool:
+        """Whether undoing writes back weights as an earlier method had left them."""
+        return False
 
     @abstractmethod
     def _undo(self) -> None:

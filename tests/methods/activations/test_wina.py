@@ -6,9 +6,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from gossamer.core import UnsupportedModel
+from gossamer.core import GossamerError, UnsupportedModel
 from gossamer.methods.activations.rotation import Rotation, orthogonal_basis
 from gossamer.methods.activations.wina import WINA
+from gossamer.methods.weights.magnitude import Magnitude
 from gossamer.models import Tokens, find_sites
 from gossamer.models.store import read_stages
 from tests.models.tiny import tiny_model
@@ -121,3 +122,25 @@ def test_only_the_orthogonal_matrices_are_weighed_after_a_rotation() -> None:
             weighed = {g.role for g in work.gates.values() if g.cut.numel() > 1}
         every = {s.role for s in find_sites(tiny_model("llama")).sites}
         assert weighed == ({"attention.k", "mlp.gate"} if transform else every)
+
+
+def test_pruning_around_a_rotation_is_undone_in_order_or_refused(tmp_path: Path) -> None:
+    """Mixed orders would write rotated values among plain ones, or save zeros that are none."""
+    model, calibration = tiny_model("llama"), _tokens()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    pruned = Magnitude(sparsity=0.5).apply(model)
+    rotated = WINA(transform=True).apply(model, calibration)
+    with pytest.raises(GossamerError, match="wina rewrote the weights later"):
+        pruned.restore()
+    rotated.restore()
+    pruned.restore()
+    rotated = WINA(transform=True).apply(model, calibration)
+    pruned = Magnitude(sparsity=0.5).apply(model)
+    with pytest.raises(GossamerError, match="magnitude changed weights that wina had rotated"):
+        pruned.save(tmp_path / "mixed")
+    assert not (tmp_path / "mixed").exists()
+    with pytest.raises(GossamerError, match="magnitude changed weights"):
+        rotated.restore()
+    pruned.restore()
+    rotated.restore()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

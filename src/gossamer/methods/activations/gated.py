@@ -10,14 +10,24 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from gossamer.core import Method
+from gossamer.core import GossamerError, Method
 from gossamer.kernels.measured import ChoiceRow
 from gossamer.methods.activations.calibration import active_experts
 from gossamer.methods.activations.execution import Execution, How, accelerate
 from gossamer.methods.activations.fingerprint import fingerprint
 from gossamer.methods.activations.gates import INPUT_ROLES, Gate, Gates
 from gossamer.methods.activations.positions import Positions
-from gossamer.models import Applied, Inputs, Progress, Report, SiteMap, SiteRow, State, as_tokens
+from gossamer.models import (
+    Applied,
+    Inputs,
+    Progress,
+    Report,
+    SiteMap,
+    SiteRow,
+    State,
+    as_tokens,
+    at_work,
+)
 from gossamer.models.capture import evaluating
 
 __all__ = ["Beneath", "GatedModel"]
@@ -98,12 +108,31 @@ class GatedModel(Applied):
 
     def _undo(self) -> None:
         """Take every hook away."""
+        self._check_last("restore")
         self.decelerate()
         self._gates.remove()
         while self._watch:
             self._watch.pop().remove()
         if self._beneath is not None:
             self._beneath.undo()
+
+    def _check_last(self, what: str) -> None:
+        """Refuse what would mix rotated weights with those a later method changed."""
+        works = at_work(self.model)
+        if self._beneath is None or self not in works:
+            return
+        for later in works[works.index(self) + 1 :]:
+            if later.method.card.family in ("weights", "training"):
+                mine, theirs = self.method.key(), later.method.key()
+                raise GossamerError(
+                    f"{theirs} changed weights that {mine} had rotated; to {what}, undo {theirs} "
+                    f"first, and apply it before {mine} or use transform=False"
+                )
+
+    @property
+    def rewrites(self) -> bool:
+        """Whether weights were changed beneath the gates."""
+        return self._beneath is not None
 
     def accelerate(
         self,
@@ -186,6 +215,7 @@ class GatedModel(Applied):
 
     def plain(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """The weights as they were before anything was changed beneath the gates."""
+        self._check_last("save")
         return tensors if self._beneath is None else self._beneath.plain(tensors)
 
     def report(self) -> Report:

@@ -6,10 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from gossamer.methods.activations.cats import CATS
+from gossamer.methods.activations.coreinfer import CoreInfer
 from gossamer.methods.activations.gated import GatedModel
 from gossamer.methods.activations.gates import Gate, LowRank
 from gossamer.methods.activations.teal import TEAL
-from gossamer.models import find_sites
+from gossamer.methods.weights.magnitude import Magnitude
+from gossamer.models import Tokens, find_sites
 from tests.models.tiny import tiny_model
 
 torch.set_num_threads(1)
@@ -132,3 +135,31 @@ def test_a_method_that_joins_later_is_not_passed_by() -> None:
     assert not torch.allclose(alone, both, atol=1e-3)
     assert torch.equal(_decode(model, _ids(1), 6), alone)
     first.restore()
+
+
+@pytest.mark.parametrize("other", [CoreInfer(prompt=8), CATS()])
+def test_a_method_that_was_there_before_is_not_passed_by(other) -> None:
+    model, ids = tiny_model("llama"), _ids(1)
+    first = other.apply(model, Tokens(_ids(), torch.ones_like(_ids())))
+    second = GatedModel(TEAL(), model, find_sites(model), _gates(model, ("mlp.down",), _ids()), 1)
+    masked = _decode(model, ids, 12)
+    second.accelerate(choice="axpy")
+    assert second._execution is not None
+    assert not second._execution.whole
+    assert second._execution.active == isinstance(other, CATS)
+    torch.testing.assert_close(_decode(model, ids, 12), masked, atol=1e-4, rtol=1e-4)
+    second.restore()
+    first.restore()
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+def test_weights_that_change_later_are_read(name: str) -> None:
+    model, ids = tiny_model(name), _ids(1)
+    applied = GatedModel(TEAL(), model, find_sites(model), _gates(model, ("mlp.down",), _ids()), 1)
+    applied.accelerate(choice="axpy")
+    pruned = Magnitude(sparsity=0.7).apply(model)
+    found = _decode(model, ids, 6)
+    applied.decelerate()
+    torch.testing.assert_close(found, _decode(model, ids, 6), atol=1e-4, rtol=1e-4)
+    pruned.restore()
+    applied.restore()

@@ -13,12 +13,17 @@ from gossamer.kernels.gather_gemv import native
 from gossamer.kernels.gather_gemv.rows import DTYPES, rows
 from gossamer.kernels.measured import DENSE, ChoiceRow
 from gossamer.methods.activations.execution.choice import Chooser, How
-from gossamer.methods.activations.execution.layers import Replaced, head_forward, sparse_forward
+from gossamer.methods.activations.execution.layers import (
+    Replaced,
+    head_forward,
+    sparse_forward,
+    unchanged,
+)
 from gossamer.methods.activations.execution.program import Program, build
 from gossamer.methods.activations.execution.step import Step
 from gossamer.methods.activations.execution.structure import model_parts
 from gossamer.methods.activations.gates import Gate, Gates
-from gossamer.models import Progress, SiteMap
+from gossamer.models import Progress, SiteMap, at_work
 
 __all__ = ["Execution", "accelerate"]
 
@@ -137,6 +142,12 @@ def accelerate(
         )
     if not most or (weight.device.type == "cpu" and not native.usable()):
         return execution
+    if other := _other(model):
+        logging.getLogger("gossamer").warning(
+            "%s changes what blocks compute, which the kernels do not know; all layers run dense",
+            other,
+        )
+        return execution
     chooser = Chooser(most, choice)
     try:
         if weight.device.type == "cpu" and not _whole(
@@ -151,6 +162,14 @@ def accelerate(
         raise
     execution.table += chooser.table
     return execution
+
+
+def _other(model: nn.Module) -> str | None:
+    """A method at work, neither gates nor pruned weights, whose hooks kernels would pass by."""
+    for work in at_work(model):
+        if work.method.card.family not in ("weights", "training") and not hasattr(work, "gates"):
+            return work.method.key()
+    return None
 
 
 def _served(gates: Gates) -> bool:
@@ -181,7 +200,9 @@ def _whole(
 ) -> bool:
     """Put the native step to work if the model has the parts and it gives what the model gives."""
     parts = model_parts(model, sites)
-    if parts is None or not _served(gates):
+    # The hooks of a second gated model would be passed by.
+    alone = sum(hasattr(work, "gates") for work in at_work(model)) < 2
+    if parts is None or not _served(gates) or not alone:
         return False
     program = build(parts, gates.gates, chooser, progress)
     base = model.get_submodule(sites.base)
@@ -270,7 +291,8 @@ def _layers(
     for number, (gate, module, weight, bias) in enumerate(places):
         layer = chooser.layer(gate.name, weight, bias, gate)
         if layer is not None:
-            execution.replace(module, sparse_forward(module.forward, layer, execution.most))
+            forward = sparse_forward(module.forward, layer, execution.most, fresh=unchanged(module))
+            execution.replace(module, forward)
             execution.nbytes += layer.nbytes
             execution.active = True
         if progress is not None:

@@ -16,7 +16,7 @@ from gossamer.kernels.gather_gemv.native import linear_of
 from gossamer.kernels.gather_gemv.op import run_linear
 from gossamer.kernels.gather_gemv.rows import Rows, rows
 
-__all__ = ["Replaced", "StandIn", "head_forward", "sparse_forward"]
+__all__ = ["Replaced", "StandIn", "head_forward", "sparse_forward", "unchanged"]
 
 
 class StandIn:
@@ -57,14 +57,35 @@ def _few(x: Tensor, most: int) -> int:
     return count if 1 <= count <= most and not torch.is_grad_enabled() else 0
 
 
+def unchanged(module: nn.Module) -> Callable[[], bool]:
+    """Tells whether a module's weight is still what it is now, where it is now."""
+    weight: Any = module.weight
+    place, tracked = weight.data_ptr(), not weight.is_inference()
+    version = weight._version if tracked else 0
+
+    def same() -> bool:
+        return (
+            module.weight is weight
+            and weight.data_ptr() == place
+            and (not tracked or weight._version == version)
+        )
+
+    return same
+
+
 def sparse_forward(
-    own: Callable[[Tensor], Tensor], layer: Rows, most: int, seen: Tensor | None = None
+    own: Callable[[Tensor], Tensor],
+    layer: Rows,
+    most: int,
+    seen: Tensor | None = None,
+    fresh: Callable[[], bool] = lambda: True,
 ) -> Callable[[Tensor], Tensor]:
     """A forward that skips the input channels that are zero, for up to ``most`` rows.
 
     Parameters
     ----------
     own : the module's own forward, for everything else.
+    fresh : whether the rows still hold the module's weight; without it ``own`` runs (on CPU).
     """
     out, zero = layer.out_features, torch.zeros(1, device=layer.weight.device)
     if layer.weight.device.type == "cuda":
@@ -83,7 +104,7 @@ def sparse_forward(
     made = linear_of(layer, zero, seen)
 
     def forward(x: Tensor) -> Tensor:
-        if not _few(x, most):
+        if not _few(x, most) or not fresh():
             return own(x)
         return run_linear(made, x.reshape(-1, x.shape[-1]), out).view(*x.shape[:-1], out)
 
