@@ -111,6 +111,12 @@ def test_sparsify_saves_what_plain_transformers_reads(capsys, tmp_path):
     assert json.loads(text)["footprint"]["sparsity"] == pytest.approx(0.5, abs=0.01)
 
 
+def test_sparsify_runs_methods_that_keep_what_undoing_needs(capsys):
+    status, out, _ = run(capsys, "sparsify", "nano", "sparse_ift", "--steps", "0", "--json", *SMALL)
+    assert status == 0
+    assert json.loads(out)["method"]["method"] == "sparse_ift"
+
+
 def test_sparsify_takes_the_methods_own_fields(capsys):
     _, text, _ = run(
         capsys,
@@ -176,6 +182,7 @@ def test_recipe_runs_and_saves(capsys, tmp_path):
         (["sparsfy", "nano", "wanda"], "did you mean sparsify"),
         (["sparsify", "nano", "wandda"], "did you mean wanda"),
         (["sparsify", "nano", "wanda", "--sparsity", "1.5"], "sparsity is 1.5"),
+        (["sparsify", "nano", "sparse_dynamics", *SMALL], "give Trajectories"),
         (["sparsify", "nano", "wanda", "--sparsity", "-0.1"], "-0.1"),
         (["sparsify", "nano", "wanda", "--sparsity", "nan"], "sparsity is nan"),
         (["sparsify", "nano", "wanda", "--sparsity", "half"], "half"),

@@ -1,5 +1,6 @@
 """``gossamer sparsify``: apply one method to a model and take the result away."""
 
+from inspect import signature
 from typing import Annotated, Any
 
 from cyclopts import Parameter
@@ -76,7 +77,7 @@ def sparsify(
             seed=seed,
             tokenizer=loaded.tokenizer,
         )
-        options = {"undo": False} if made.card.family == "weights" else {}
+        options = {"undo": False} if "undo" in signature(made.apply).parameters else {}
         applied = made.apply(loaded.model, tokens, progress=progress, **options)
     report = applied.report()
     folder = None if out is None else str(applied.save(out, loaded.tokenizer))
