@@ -75,6 +75,7 @@ class SparseTraining(Method):
     pattern : allowed shape, for example ``"layer"``, ``"row"`` (constant fan-in), ``"2:4"``.
     allocation : how the sparsity is split over layers: ``uniform``, ``uniform_plus`` (first layer
         dense, last layer at least 20 % dense), ``er``, ``erk``.
+        N:M without a sparsity is uniform; with one, N varies by layer.
     skip : layers left dense, separated by commas: roles, halves of roles, names with wildcards.
     steps : optimizer updates of the whole training; schedules are shares of it.
     lr, batch_size : of AdamW in ``apply``; a loop of one's own brings its optimizer.
@@ -103,6 +104,9 @@ class SparseTraining(Method):
         fixed = self.pattern.fixed_sparsity
         if self.sparsity is None:
             object.__setattr__(self, "sparsity", 0.9 if fixed is None else fixed)
+            if fixed is not None:
+                # Who asks for 2:4 and no more means 2:4 in every layer.
+                object.__setattr__(self, "allocation", "uniform")
         elif (
             fixed is not None and self.allocation == "uniform" and abs(self.sparsity - fixed) > 1e-9
         ):

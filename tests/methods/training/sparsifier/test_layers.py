@@ -80,6 +80,15 @@ def test_patterns_hold_while_masks_move(pattern, groups):
     assert sparsifier.sparsity == 0.5
 
 
+@pytest.mark.parametrize(("sparsity", "same"), [(None, True), (0.5, False)])
+def test_nm_alone_is_the_same_everywhere_and_with_a_sparsity_varies_by_layer(sparsity, same):
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 8))
+    method = RigL(pattern="2:4", sparsity=sparsity)
+    sparsifier = method.attach(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    counts = [int(sparsifier.mask(name).reshape(-1, 4)[0].sum()) for name in ("0", "1")]
+    assert (counts == [2, 2]) == same
+
+
 def test_constant_fan_in_is_constant():
     sparsifier = RigL(pattern="row", sparsity=0.7, allocation="uniform", steps=4).attach(
         model := nn.Linear(10, 6), torch.optim.SGD(model.parameters(), lr=0.1)
