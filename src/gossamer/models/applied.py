@@ -130,6 +130,12 @@ class Applied(ABC):
             )
         self.method = method
         self.model = model
+        for work in at_work(model):
+            work._meet(self)
+
+    def _meet(self, other: "Applied") -> None:
+        """Another method is about to change the model this one is at work on."""
+        return
 
     def _join(self) -> None:
         """Count as at work on the model from now on: the last step of every constructor."""

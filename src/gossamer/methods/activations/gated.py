@@ -1,5 +1,6 @@
 """A model at work behind gates: it measures itself, reports, undoes itself, and can be saved."""
 
+import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import fields, replace
@@ -85,11 +86,12 @@ class GatedModel(Applied):
         beneath: Beneath | None = None,
         warnings: tuple[str, ...] = (),
     ) -> None:
+        # What is beneath must be known to the methods that are told of this one.
+        self._beneath, self._warnings = beneath, warnings
         super().__init__(method, model)
         self.sites = sites
         self.measured: dict[str, float] | None = None
         self._execution: Execution | None = None
-        self._beneath, self._warnings = beneath, warnings
         positions = Positions(dense_prefix, dense_share)
         self._gates = Gates(model, positions)
         self._watch: list[Any] = []
@@ -136,7 +138,7 @@ class GatedModel(Applied):
 
     def accelerate(
         self,
-        batch_sizes: Iterable[int] = (1,),
+        batch_sizes: Iterable[int] | int = (1,),
         progress: Progress | None = None,
         choice: How = "measured",
     ) -> list[ChoiceRow]:
@@ -144,11 +146,13 @@ class GatedModel(Applied):
 
         Channel-major copies of the weights are made beside the model and dropped by
         :meth:`decelerate` or :meth:`restore`; weights must not change in between. Prefill stays
-        masked dense, and so does every layer that a kernel would not make faster.
+        masked dense, and so does every layer that a kernel would not make faster. A method of
+        another kind that is applied later decelerates the model, with a warning in the log.
 
         Parameters
         ----------
-        batch_sizes : rows of the decode steps that will come, 1 to 4; larger ones run dense.
+        batch_sizes : rows of the decode steps that will come, one number or several, 1 to 4;
+            larger ones run dense.
         choice : ``measured`` times dense and sparse for every kind of layer, ``predicted``
             believes the estimate, ``axpy`` skips channels wherever some are dropped.
 
@@ -157,11 +161,23 @@ class GatedModel(Applied):
         What was chosen for every layer, with the milliseconds measured.
         """
         self.decelerate()
+        batch_sizes = (batch_sizes,) if isinstance(batch_sizes, int) else batch_sizes
         self._execution = accelerate(
             self.model, self.sites, self._gates, batch_sizes, choice=choice, progress=progress
         )
         self.simulated = not self._execution.active
         return self._execution.table
+
+    def _meet(self, other: Applied) -> None:
+        """Back to masked dense before another method puts in what kernels would pass by."""
+        if self._execution is None or (isinstance(other, GatedModel) and not other.rewrites):
+            return
+        logging.getLogger("gossamer").warning(
+            "%s joins a model that %s had accelerated; it runs masked dense from here on",
+            other.method.key(),
+            self.method.key(),
+        )
+        self.decelerate()
 
     def decelerate(self) -> None:
         """Back to masked dense; drops what :meth:`accelerate` made."""

@@ -163,3 +163,36 @@ def test_weights_that_change_later_are_read(name: str) -> None:
     torch.testing.assert_close(found, _decode(model, ids, 6), atol=1e-4, rtol=1e-4)
     pruned.restore()
     applied.restore()
+
+
+@pytest.mark.parametrize("roles", [("mlp.down",), ("mlp.neurons", "mlp.up")])
+def test_a_method_of_another_kind_that_joins_later_decelerates(roles, caplog) -> None:
+    """Smaller matrices and other weights are nothing the kernels were made for."""
+    model, ids = tiny_model("llama"), _ids(1)
+    data = Tokens(_ids(), torch.ones_like(_ids()))
+    gated = GatedModel(TEAL(), model, find_sites(model), _gates(model, roles, _ids()), 1)
+    alone = _decode(model, ids, 12)
+    with CoreInfer(prompt=8).apply(model, data):
+        masked = _decode(model, ids, 12)
+    gated.accelerate(1, choice="axpy")
+    with CoreInfer(prompt=8).apply(model, data):
+        assert "coreinfer joins" in caplog.text
+        assert gated.simulated
+        assert torch.equal(_decode(model, ids, 12), masked)
+    assert not torch.allclose(masked, alone, atol=1e-3)
+    assert torch.equal(_decode(model, ids, 12), alone)
+    gated.restore()
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_an_input_of_another_width_goes_to_the_module_itself() -> None:
+    model = tiny_model("llama")
+    gates = _gates(model, ("mlp.neurons", "mlp.up"), _ids())
+    gated = GatedModel(TEAL(), model, find_sites(model), gates, 1)
+    gated.accelerate(choice="axpy")
+    up = model.get_submodule("model.layers.0.mlp.up_proj")
+    assert "forward" in vars(up)
+    for width in (31, 33):
+        with torch.no_grad(), pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+            up(torch.ones(1, 1, width))
+    gated.restore()

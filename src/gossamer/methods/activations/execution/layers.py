@@ -84,14 +84,15 @@ def sparse_forward(
 
     Parameters
     ----------
-    own : the module's own forward, for everything else.
+    own : the module's own forward, for everything else, such as inputs of another width.
     fresh : whether the rows still hold the module's weight; without it ``own`` runs (on CPU).
     """
-    out, zero = layer.out_features, torch.zeros(1, device=layer.weight.device)
+    out, wide = layer.out_features, layer.in_features
+    zero = torch.zeros(1, device=layer.weight.device)
     if layer.weight.device.type == "cuda":
 
         def on_device(x: Tensor) -> Tensor:
-            if not _few(x, most):
+            if x.shape[-1] != wide or not _few(x, most):
                 return own(x)
             flat = x.reshape(-1, x.shape[-1])
             # The operator, not the function: compilers and graphs see one call.
@@ -104,7 +105,8 @@ def sparse_forward(
     made = linear_of(layer, zero, seen)
 
     def forward(x: Tensor) -> Tensor:
-        if not _few(x, most) or not fresh():
+        # A kernel would read beyond an input of another width.
+        if x.shape[-1] != wide or not _few(x, most) or not fresh():
             return own(x)
         return run_linear(made, x.reshape(-1, x.shape[-1]), out).view(*x.shape[:-1], out)
 
@@ -118,7 +120,11 @@ def head_forward(module: nn.Linear, most: int) -> Callable[[Tensor], Tensor]:
 
     def forward(x: Tensor) -> Tensor:
         # Weights that were moved or cast since are the module's own affair.
-        if not _few(x, most) or module.weight.data_ptr() != place:
+        if (
+            x.shape[-1] != layer.in_features
+            or not _few(x, most)
+            or module.weight.data_ptr() != place
+        ):
             return linear(x, module.weight, module.bias)
         found = run_linear(made, x.reshape(-1, x.shape[-1]), layer.out_features)
         return found.view(*x.shape[:-1], -1)
