@@ -111,6 +111,21 @@ def test_sparsify_saves_what_plain_transformers_reads(capsys, tmp_path):
     assert json.loads(text)["footprint"]["sparsity"] == pytest.approx(0.5, abs=0.01)
 
 
+def test_evaluate_counts_what_gates_remove_and_times_nothing_simulated(capsys, tmp_path):
+    out = tmp_path / "gated"
+    run(capsys, "sparsify", "nano", "teal", "--sparsity", "0.4", "--out", out, *SMALL)
+    small = ("--windows", "2", "--length", "64")
+    _, text, _ = run(capsys, "evaluate", out, *small, "--json")
+    found = json.loads(text)
+    assert [m["method"] for m in found["methods"]] == ["teal"]
+    assert found["footprint"]["sparsity"] == pytest.approx(0.4, abs=0.1)
+    assert found["footprint"]["bytes_moved_limit"] < found["footprint"]["bytes_moved"]
+    assert found["speed"] is None
+    _, text, _ = run(capsys, "evaluate", out, *small)
+    assert "no speed" in text
+    assert "tokens/s" not in text
+
+
 def test_sparsify_runs_methods_that_keep_what_undoing_needs(capsys):
     status, out, _ = run(capsys, "sparsify", "nano", "sparse_ift", "--steps", "0", "--json", *SMALL)
     assert status == 0

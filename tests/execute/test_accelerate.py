@@ -213,7 +213,7 @@ def test_one_layer_used_twice_is_replaced_twice(times):
         def forward(self, x):
             return self.second(self.first(x))
 
-    model = Twice()
+    model = Twice().eval()
     x = torch.randn(3, 32)
     expected = model(x)
     with accelerate(model, report=None):
@@ -298,7 +298,11 @@ def test_what_would_corrupt_is_refused(times):
         ):
             with pytest.raises(GossamerError, match=r"restore\(\)"):
                 act()
-        model.to("cpu").eval()
+        assert {p.dtype for p in model.parameters()} == {torch.float32}
+        model.to("cpu").train()
+        with pytest.raises(GossamerError, match="training mode"):
+            model(ids(4))
+        model.eval()
     model.to(torch.bfloat16)
 
 
@@ -355,7 +359,7 @@ def test_gradients_reach_the_inputs(times):
     layer = nn.Linear(32, 8)
     with torch.no_grad():
         layer.weight[:, 4:] = 0
-    model = nn.Sequential(copy.deepcopy(layer))
+    model = nn.Sequential(copy.deepcopy(layer)).eval()
     x, y = (torch.ones(2, 32, requires_grad=True) for _ in range(2))
     with accelerate(model, report=None):
         model(x).sum().backward()

@@ -1,5 +1,6 @@
 """``gossamer evaluate``: how good, how large and how fast a model is."""
 
+from contextlib import ExitStack
 from typing import Annotated
 
 from cyclopts import Parameter
@@ -8,7 +9,7 @@ from gossamer.cli.show import bar, console, print_json
 from gossamer.core import check_count
 from gossamer.evaluate import footprint, score, speed
 from gossamer.evaluate.environment import environment
-from gossamer.models import Tokens, check_vocabulary, context_length, read_documents
+from gossamer.models import Tokens, at_work, check_vocabulary, context_length, read_documents
 from gossamer.recipes.recipe import load
 
 __all__ = ["evaluate"]
@@ -45,7 +46,7 @@ def evaluate(
     batch_size
         Windows per forward pass.
     timed
-        Measure tokens per second; --no-timed skips it.
+        Measure tokens per second, unless sparsity is only simulated; --no-timed skips it.
     dtype
         float32, bfloat16 or float16; by default float32 on CPU, bfloat16 on GPU.
     device
@@ -61,18 +62,24 @@ def evaluate(
     check_vocabulary(tokens, loaded.model)
     if windows is not None:
         tokens = tokens.slice(check_count("windows", windows, 1))
+    works = at_work(loaded.model)
+    simulated = any(work.simulated for work in works)
     with bar(f"evaluating {model}", quiet=json) as progress:
-        quality = score(
-            loaded.model, tokens, stride=stride, batch_size=batch_size, progress=progress
-        )
-        size = footprint(loaded.model, context=length)
+        with ExitStack() as counting:
+            for work in works:
+                counting.enter_context(work.measuring())
+            quality = score(
+                loaded.model, tokens, stride=stride, batch_size=batch_size, progress=progress
+            )
+        size = footprint(loaded.model, works, context=length)
         rate = None
-        if timed:
+        if timed and not simulated:
             rate = speed(loaded.model, prompt_tokens=max(1, min(512, length - 32)), new_tokens=32)
     if json:
         print_json(
             {
                 "model": model,
+                "methods": [work.method.to_dict() for work in works],
                 "quality": quality.to_dict(),
                 "footprint": size.to_dict(),
                 "speed": None if rate is None else rate.to_dict(),
@@ -80,6 +87,10 @@ def evaluate(
             }
         )
         return
-    for line in (model, quality, size, rate):
+    heads = [str(work.report()).partition("\n")[0] for work in works]
+    note = None
+    if timed and simulated:
+        note = "no speed: the zeros run dense here; gossamer accelerate times them on kernels"
+    for line in (model, *heads, quality, size, rate, note):
         if line is not None:
             console.print(str(line), markup=False, highlight=False, soft_wrap=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gossamer.core import GossamerError
 from gossamer.execute.choose import Group, Measuring, choose
@@ -54,6 +54,7 @@ class Accelerated:
         self._rounded = False
         self._works: list[Any] = []
         vars(model)[ACCELERATED] = self
+        vars(model)["_apply"] = _Guard(model)
 
     def restore(self) -> None:
         """Put the model's own layers back, exactly as they were. A second call does nothing.
@@ -81,6 +82,7 @@ class Accelerated:
         while self._works:
             self._works.pop().decelerate()
         vars(self.model).pop(ACCELERATED, None)
+        vars(self.model).pop("_apply", None)
 
     def _drop(self, name: str) -> None:
         """Free the dense weights that the module in place does not keep."""
@@ -136,10 +138,11 @@ class Accelerated:
 
     def __str__(self) -> str:
         setting = self.setting
-        where = setting.get("device", "")
+        where = f" on {setting['device']}" if "device" in setting else ""
         if setting.get("threads"):
             where += f", {setting['threads']} threads"
-        head = f"{len(self.layers)} linear layers accelerated on {where}"
+        count = len(self.layers) or "no"
+        head = f"{count} linear layers accelerated{where}"
         if self.layers:
             head += (
                 f": {self.bytes_moved() / 1e6:,.1f} MB of their {self.dense_bytes / 1e6:,.1f} MB "
@@ -161,6 +164,19 @@ class Accelerated:
 
     def __exit__(self, *exc: object) -> None:
         self.restore()
+
+
+class _Guard:
+    """Stands before a model's conversions: refused as a whole, not after half of the model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __call__(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        for layer in self.model.modules():
+            if isinstance(layer, AcceleratedLinear):
+                layer.check_move(fn)
+        return type(self.model)._apply(self.model, fn, recurse)
 
 
 class _Paused:

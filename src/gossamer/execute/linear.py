@@ -73,7 +73,18 @@ class AcceleratedLinear(nn.Module):
         return self.plan[-1][1]
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., in_features) -> (..., out_features)."""
+        """(..., in_features) -> (..., out_features).
+
+        Raises
+        ------
+        GossamerError
+            In training mode with gradients: the weights would get none.
+        """
+        if self.training and torch.is_grad_enabled():
+            raise GossamerError(
+                "the model is accelerated and in training mode, where its weights get no "
+                "gradients; call restore() of what accelerate returned, or model.eval()"
+            )
         name = self.runs(x.numel() // max(1, self.in_features))
         if name == DENSE or x.dtype != self.kind[1]:
             weight = self.weight if self.keeps_dense else self.dense()
@@ -81,6 +92,11 @@ class AcceleratedLinear(nn.Module):
         return self.forms[name](x, self.bias)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "AcceleratedLinear":
+        self.check_move(fn)
+        return super()._apply(fn, recurse)
+
+    def check_move(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """Refuse a conversion that the forms in use cannot follow."""
         device, dtype = self.kind
         moved = fn(torch.empty(0, device=device, dtype=dtype))
         if (moved.device, moved.dtype) != self.kind:
@@ -88,7 +104,6 @@ class AcceleratedLinear(nn.Module):
                 f"the model is accelerated for {device} and {str(dtype).removeprefix('torch.')}; "
                 "call restore() of what accelerate returned before moving or converting it"
             )
-        return super()._apply(fn, recurse)
 
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool

@@ -59,7 +59,8 @@ class SparseGPT(OneShot):
         update="the later columns of a row absorb each removed weight's error",
         departs="the factor of the inverse Hessian is not formed (same result, fewer operations); "
         "exactly round((1 - s) n) weights stay in a layer; an input that was never active keeps "
-        "the weights its budget leaves it, the official code zeroes them all; weights that are "
+        "the weights its budget leaves it and has no part in the damping's mean, the official code "
+        "zeroes them all; weights that are "
         "zero already stay zero; no joint quantisation",
     )
     needs: ClassVar = frozenset({Stat.HESSIAN})
