@@ -163,3 +163,38 @@ def test_tokens_that_surprise_the_model_are_reported() -> None:
     with TEAL().apply(tiny_model("llama"), _tokens()) as work:
         (warning,) = work.report().warnings
     assert "tokenizer" in warning
+
+
+@pytest.mark.parametrize("change", ["embedding", "head", "norm", "scale", "shape"])
+def test_a_plan_is_refused_wherever_the_model_differs(change: str) -> None:
+    with TEAL().apply(tiny_model("llama"), _tokens()) as work:
+        state = work.state()
+        ours = fingerprint(work.model, work.sites)
+    other = tiny_model("gpt2" if change == "shape" else "llama")
+    with torch.no_grad():
+        if change == "embedding":
+            other.model.embed_tokens.weight.mul_(1.5)
+        elif change == "head":
+            other.lm_head.weight.copy_(other.lm_head.weight.roll(1, 0))
+        elif change == "norm":
+            other.model.layers[1].input_layernorm.weight.mul_(1.5)
+        elif change == "scale":
+            for parameter in other.parameters():
+                parameter.mul_(3)
+    theirs = fingerprint(other, find_sites(other))
+    with pytest.raises(GossamerError, match=f"{ours}.*{theirs}"):
+        TEAL().reattach(other, state.meta, state.tensors)
+    if change != "shape":
+        # Plans from before there were fingerprints stay readable.
+        old = {name: value for name, value in state.meta.items() if name != "model"}
+        with TEAL().reattach(other, old, state.tensors):
+            pass
+
+
+def test_a_cast_of_a_bfloat16_checkpoint_keeps_the_fingerprint() -> None:
+    model = tiny_model("llama").bfloat16()
+    found = set()
+    for dtype in (torch.bfloat16, torch.float32, torch.float16):
+        model = model.to(dtype)
+        found.add(fingerprint(model, find_sites(model)))
+    assert len(found) == 1

@@ -201,11 +201,14 @@ def test_a_saved_folder_restores_the_masked_model(name: str, tmp_path: Path) -> 
 def test_thresholds_of_another_model_are_refused() -> None:
     with TEAL().apply(tiny_model("llama"), _tokens()) as applied:
         state = applied.state()
+    # Without a fingerprint the places and sizes still tell.
+    plan = {name: value for name, value in state.meta.items() if name != "model"}
     with pytest.raises(GossamerError, match="does not have"):
-        TEAL().reattach(tiny_model("gpt2"), state.meta, state.tensors)
+        TEAL().reattach(tiny_model("gpt2"), plan, state.tensors)
     wider = tiny_model("qwen3")
-    with pytest.raises(GossamerError, match="calibrated on"):
-        TEAL().reattach(wider, state.meta, state.tensors)
+    for meta in (plan, state.meta):
+        with pytest.raises(GossamerError, match="calibrated on"):
+            TEAL().reattach(wider, meta, state.tensors)
     assert _hooks(wider) == 0
 
 

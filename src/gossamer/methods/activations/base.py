@@ -152,6 +152,7 @@ class Gated(Method):
             If the model lacks a gated layer, has it in another size, or has other weights.
         """
         sites = find_sites(model)
+        check_fingerprint(meta.get("model"), model, sites)
         blocks = range(len(sites.blocks))
         taps = {tap.name: tap for i in blocks for tap in self._places(model, sites, i)}
         gates = []
@@ -163,7 +164,6 @@ class Gated(Method):
             gate = Gate(**values, cut=tensors[f"cut.{name}"].float(), low_rank=low_rank)
             check_gate(gate, taps.get(name))
             gates.append(gate)
-        check_fingerprint(meta.get("model"), model, sites)
         beneath = self._beneath_again(model, sites, tensors)
         warnings = tuple(meta.get("warnings", ()))
         return GatedModel(

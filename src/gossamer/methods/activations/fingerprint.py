@@ -1,14 +1,14 @@
 """Fingerprint: tells whether thresholds belong to the model at hand, at the cost of a few weights.
 
 Shapes alone would let a plan slip onto another training of the same architecture, where its
-thresholds are silently wrong. The signs of some weights are the same in every dtype a model is
-loaded in, and differ between any two trainings.
+thresholds are silently wrong. A few values of every parameter tell two trainings, another scale
+or other embeddings apart; what changes none of the values looked at is not noticed.
 """
 
 import hashlib
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gossamer.core import GossamerError
 from gossamer.models import SiteMap
@@ -19,17 +19,35 @@ SAMPLES = 64
 
 
 def fingerprint(model: nn.Module, sites: SiteMap) -> str:
-    """16 hexadecimal digits from the names, shapes and 64 signs of every matrix of the blocks."""
+    """16 hexadecimal digits from names, shapes and at most 64 values of every parameter.
+
+    Covered are the matrices of the blocks (every expert's), embeddings, norms, biases and an
+    untied head. Values count as bfloat16 has them, so casts between bfloat16 and float32, and of
+    bfloat16 values to float16, keep the fingerprint; float32 values cast to float16 round twice
+    and may change it.
+    """
     digest = hashlib.sha256()
     for site in sites.sites:
         weight = site.weight(model)
         rows, columns = weight.shape
         # Spread over both axes without flattening: a transposed view would be copied.
         at = torch.arange(SAMPLES)
-        picked = weight[(at * rows // SAMPLES) % rows, (at * 31) % columns] > 0
+        picked = weight[(at * rows // SAMPLES) % rows, (at * 31) % columns]
         digest.update(f"{site.name} {rows} {columns} ".encode())
-        digest.update(bytes(picked.cpu().tolist()))
+        digest.update(_bytes(picked))
+    matrices = {id(getattr(site.owner(model), site.parameter)) for site in sites.sites}
+    for name, parameter in model.named_parameters():
+        if id(parameter) not in matrices and parameter.numel():
+            digest.update(f"{name} {tuple(parameter.shape)} ".encode())
+            at = torch.arange(SAMPLES) * parameter.numel() // SAMPLES
+            digest.update(_bytes(parameter.detach().take(at.to(parameter.device))))
     return digest.hexdigest()[:16]
+
+
+def _bytes(values: Tensor) -> bytes:
+    """Values rounded to bfloat16; minus zero as zero, for masks leave either."""
+    rounded = values.detach().to(torch.bfloat16).cpu() + 0.0
+    return bytes(rounded.contiguous().view(torch.uint8).tolist())
 
 
 def check_fingerprint(stored: str | None, model: nn.Module, sites: SiteMap) -> None:
