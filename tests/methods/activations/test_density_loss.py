@@ -139,6 +139,20 @@ def test_smooth_functions_are_counted_with_a_stated_tolerance():
         assert "|a| <= 0.01" in str(work.report())
 
 
+def test_only_exact_zeros_save_bytes_and_only_down_columns_behind_silu():
+    model = tiny_model("llama")
+    with torch.no_grad():
+        # Half of the products of the first block are zeros of the up projection.
+        model.model.layers[0].mlp.up_proj.weight[:32] = 0
+    with DensityLoss(steps=0, epsilon=1e-2).apply(model, random_tokens()) as work:
+        assert work.report().sparsity > 0.5
+        assert work.weight_bytes_saved() == 32 * 32 * 4
+    relu = tiny_model("opt")
+    with DensityLoss(steps=0).apply(relu, random_tokens()) as work:
+        removed = sum((1 - a.nonzero) * 32 * 64 * 4 for a in work.activity.values())
+        assert work.weight_bytes_saved() == round(removed) > 0
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [

@@ -185,4 +185,6 @@ class LazyNeuron(Method):
             kept = kept_count(unit.tap.features, self.sparsity) / unit.tap.features
             shares[unit.tap.name] = Activity(kept)
         note = "shares are the rule's; measure(data) counts what is non-zero and which units live"
-        return TrainedModel(self, model, stack, shares, losses=losses, notes=(note,))
+        return TrainedModel(
+            self, model, stack, shares, gate_zeros=True, losses=losses, notes=(note,)
+        )

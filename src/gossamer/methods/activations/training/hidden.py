@@ -61,10 +61,12 @@ class Activity:
     ----------
     nonzero : share of entries above the tolerance, averaged over tokens.
     live : share of units that were above it for at least one token; None when not measured.
+    exact : share of entries that are not exactly zero; None when not measured.
     """
 
     nonzero: float
     live: float | None = None
+    exact: float | None = None
 
 
 def activation_functions(model: nn.Module, sites: SiteMap) -> dict[str, nn.Module]:
@@ -258,15 +260,17 @@ def measure_activity(
 
     def count(tap: Tap, rows: Tensor) -> None:
         active = rows.reshape(-1, rows.shape[-1]).abs() > tolerance
-        mine = seen.setdefault(tap.name, [0, 0, torch.zeros(1, dtype=torch.bool, device=device)])
+        none = torch.zeros(1, dtype=torch.bool, device=device)
+        mine = seen.setdefault(tap.name, [0, 0, none, 0])
         mine[0] += int(active.sum())
         mine[1] += active.numel()
         mine[2] = mine[2] | active.any(0)
+        mine[3] += int(rows.count_nonzero())
 
     with evaluating(model), watching(model, count, sites):
         for batch in data.batches(batch_size, device):
             base(**{name: value for name, value in batch.items() if name in names})
     return {
-        name: Activity(active / max(1, total), float(live.float().mean()))
-        for name, (active, total, live) in seen.items()
+        name: Activity(active / max(1, total), float(live.float().mean()), exact / max(1, total))
+        for name, (active, total, live, exact) in seen.items()
     }

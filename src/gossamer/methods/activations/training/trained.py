@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.core import Method
+from gossamer.methods.activations.training.fatrelu import FATReLU
 from gossamer.methods.activations.training.hidden import (
     Activity,
     HiddenUnits,
@@ -48,6 +49,8 @@ class TrainedModel(Applied):
     undo : closed by ``restore``; puts weights and modules back.
     activity : measured per layer, as by :func:`measure_activity`.
     tolerance : size up to which an entry counted as zero.
+    gate_zeros : a rule puts the zeros at the activation function's output, so that a kernel knows
+        them before it reads the up projection, as it does behind ReLU.
     losses : training loss of every step; empty after loading.
 
     Attributes
@@ -63,12 +66,14 @@ class TrainedModel(Applied):
         activity: Mapping[str, Activity],
         *,
         tolerance: float = 0.0,
+        gate_zeros: bool = False,
         losses: tuple[float, ...] = (),
         notes: tuple[str, ...] = (),
     ) -> None:
         super().__init__(method, model)
         self.activity = dict(activity)
         self.tolerance = tolerance
+        self._gate_zeros = gate_zeros
         self.losses = losses
         self._undo_stack = undo
         self._units: tuple[HiddenUnits, ...] = hidden_units(model)
@@ -100,14 +105,29 @@ class TrainedModel(Applied):
         return {name: Activity(**values) for name, values in meta["activity"].items()}
 
     def weight_bytes_saved(self) -> int:
-        """Bytes of the rows and columns behind zeros, in the weights' own dtype."""
+        """Bytes of the rows and columns behind exact zeros, in the weights' own dtype.
+
+        Up rows count only where the gate itself is zero; a product of a gate that never is (SiLU)
+        is known after both are read. Entries below a tolerance are not zero, and are read.
+        """
         return round(
             sum(
-                (1.0 - self.activity[unit.tap.name].nonzero) * unit.readers * self._width(unit)
+                self._zeros(unit) * self._readers(unit) * self._width(unit)
                 for unit in self._units
                 if unit.tap.name in self.activity
             )
         )
+
+    def _zeros(self, unit: HiddenUnits) -> float:
+        found = self.activity[unit.tap.name]
+        if found.exact is not None:
+            return 1.0 - found.exact
+        return 0.0 if self.tolerance else 1.0 - found.nonzero
+
+    def _readers(self, unit: HiddenUnits) -> int:
+        functions = (self.model.get_submodule(path) for path in unit.functions)
+        early = all(isinstance(function, nn.ReLU | FATReLU) for function in functions)
+        return unit.readers if early or self._gate_zeros else unit.tap.size
 
     def _width(self, unit: HiddenUnits) -> int:
         return next(self.model.get_submodule(unit.tap.module).parameters()).element_size()
