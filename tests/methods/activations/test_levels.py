@@ -15,6 +15,7 @@ from gossamer.methods.activations.levels import (
     perplexity_level,
     ppl_sparsity,
 )
+from gossamer.methods.activations.teal import TEAL
 from gossamer.methods.activations.wina import WINA
 from gossamer.models import Tokens, find_sites
 from tests.models.tiny import tiny_model
@@ -108,3 +109,29 @@ def test_a_level_that_harms_nothing_is_the_highest() -> None:
     assert (found.level, found.growth, found.sparsity) == (1.0, pytest.approx(1.0), 0.0)
     with pytest.raises(GossamerError, match="percent is 0"):
         perplexity_level(model, data, lambda level: [], percent=0)
+
+
+def test_cett_reports_the_level_found_and_takes_one_amount() -> None:
+    model = tiny_model("llama")
+    method = CETT(sparsity=0.6)
+    level = cett_curves(model, _tokens()).level_for(0.6)
+    with method.apply(model, _tokens()) as work:
+        fact = f"error level of all layers, found for sparsity 0.6: {level:.4f}"
+        assert fact in str(work.report())
+        assert "level 0.2" not in str(work.report())
+        state = work.state()
+    with method.reattach(tiny_model("llama"), state.meta, state.tensors) as again:
+        assert fact in again.report().notes
+    with pytest.raises(GossamerError, match="give one of them"):
+        CETT(level=0.1, sparsity=0.5)
+
+
+def test_reports_say_which_tokens_are_masked() -> None:
+    data = _tokens()
+    for method, said in (
+        (CETT(protocol="paper"), "every token is masked"),
+        (TEAL(protocol="paper"), "% are masked"),
+        (TEAL(dense_prefix=data.length), f"no token is masked in texts of {data.length} tokens"),
+    ):
+        with method.apply(tiny_model("llama"), data) as work:
+            assert said in str(work.report())

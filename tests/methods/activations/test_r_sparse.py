@@ -82,6 +82,11 @@ def test_share_one_is_teal() -> None:
 def test_factors_are_counted_and_stored() -> None:
     model, data = tiny_model("llama"), _tokens()
     with RSparse(sparsity=0.25, alpha=0.5).apply(model, data) as work:
+        ranks = [gate.low_rank.right.shape[0] for gate in work.gates.values()]
+        (fact,) = (note for note in work.report().notes if note.startswith("alpha, given"))
+        # Ranks are whole, so the low-rank path gets at most its half.
+        assert "alpha, given: 0.5" in fact
+        assert f"of rank {min(ranks)} to {max(ranks)}" in fact
         assert work.report().sparsity == pytest.approx(0.25, abs=1e-6)
         read = sum(g.low_rank.size for g in work.gates.values() if g.low_rank is not None)
         assert read > 0

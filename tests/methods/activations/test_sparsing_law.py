@@ -44,6 +44,9 @@ def test_what_is_found_is_what_works() -> None:
     method = SparsingLaw(percent=5.0)
     report = method.measure(model, data, other)
     with method.apply(model, data) as work:
+        (fact,) = (note for note in work.report().notes if note.startswith("level found"))
+        assert f"{report.level:.4f}" in fact
+        assert f"{report.fitted - 1:.2%}" in fact
         ratios = [score(model, t).perplexity / d for t, d in zip((data, other), dense, strict=True)]
         shares = work.measure(other)
     assert report.fitted == pytest.approx(ratios[0], rel=1e-4)

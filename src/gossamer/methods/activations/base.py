@@ -99,6 +99,10 @@ class Gated(Method):
     ) -> list[Gate]:
         """The gates, from calibration data."""
 
+    def _facts(self, gates: list[Gate]) -> tuple[str, ...]:
+        """What the report should say of the gates found, in sentences."""
+        return ()
+
     def _beneath(self, model: nn.Module, sites: SiteMap) -> Beneath | None:
         """Change the model itself before calibration, or leave it."""
         return None
@@ -133,9 +137,11 @@ class Gated(Method):
         try:
             gates = self._plan(model, sites, tokens, batch_size, progress)
             warnings = () if strange is None else (strange,)
-            return GatedModel(
-                self, model, sites, gates, *self.dense, beneath=beneath, warnings=warnings
-            )
+            facts = self._facts(gates)
+            if isinstance(tokens, Tokens) and self.dense[0] >= tokens.length:
+                facts += (f"no token is masked in texts of {tokens.length} tokens or fewer",)
+            said = {"warnings": warnings, "facts": facts}
+            return GatedModel(self, model, sites, gates, *self.dense, beneath=beneath, **said)
         except BaseException:
             if beneath is not None:
                 beneath.undo()
@@ -165,10 +171,8 @@ class Gated(Method):
             check_gate(gate, taps.get(name))
             gates.append(gate)
         beneath = self._beneath_again(model, sites, tensors)
-        warnings = tuple(meta.get("warnings", ()))
-        return GatedModel(
-            self, model, sites, gates, *self.dense, beneath=beneath, warnings=warnings
-        )
+        said = {name: tuple(meta.get(name, ())) for name in ("warnings", "facts")}
+        return GatedModel(self, model, sites, gates, *self.dense, beneath=beneath, **said)
 
     def _places(self, model: nn.Module, sites: SiteMap, block: int) -> tuple[Tap, ...]:
         """The places this method gates in a block, in the order of the sites."""

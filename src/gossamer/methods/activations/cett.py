@@ -9,13 +9,15 @@ from typing import ClassVar
 
 from torch import nn
 
-from gossamer.core import Card, Stat
+from gossamer.core import Card, GossamerError, Stat
 from gossamer.methods.activations.base import Gated
 from gossamer.methods.activations.gates import Gate
-from gossamer.methods.activations.levels import DOWN_ROLES, cett_curves, check_level
+from gossamer.methods.activations.levels import DOWN_ROLES, LevelGates, cett_curves, check_level
 from gossamer.models import Inputs, Progress, SiteMap, Tokens
 
 __all__ = ["CETT"]
+
+_LEVEL = 0.2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,8 +29,10 @@ class CETT(Gated):
 
     Parameters
     ----------
-    level : mean error of a layer's output, norm of the dropped sum over norm of the whole.
-    sparsity : share of the columns of W_d removed in all; when given, the level follows from it.
+    level : mean error of a layer's output, norm of the dropped sum over norm of the whole; None
+        takes 0.2, or what ``sparsity`` asks for.
+    sparsity : share of the columns of W_d removed in all, instead of a level; the report shows
+        the level found.
 
     Source: arXiv 2402.03804, §3; thresholds as in the code of arXiv 2411.02335.
 
@@ -57,12 +61,17 @@ class CETT(Gated):
     roles: ClassVar[tuple[str, ...]] = DOWN_ROLES
     paper_dense: ClassVar[float | None] = 0.0
 
-    level: float = 0.2
+    level: float | None = None
     sparsity: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_level(self.level)
+        if self.level is not None:
+            check_level(self.level)
+            if self.sparsity is not None:
+                raise GossamerError(
+                    f"level is {self.level!r} and sparsity {self.sparsity!r}; give one of them"
+                )
 
     def _plan(
         self,
@@ -72,8 +81,14 @@ class CETT(Gated):
         batch_size: int,
         progress: Progress | None,
     ) -> list[Gate]:
-        levels = (self.level,) if self.sparsity is None else ()
+        asked = _LEVEL if self.level is None else self.level
+        levels = (asked,) if self.sparsity is None else ()
         curves = cett_curves(model, data, levels, batch_size=batch_size, progress=progress)
-        level = self.level if self.sparsity is None else curves.level_for(self.sparsity)
+        level = asked if self.sparsity is None else curves.level_for(self.sparsity)
         # Exactly nothing asked for is nothing removed, exact zeros included.
-        return curves.gates(0.0 if self.sparsity == 0.0 else level)
+        level = 0.0 if self.sparsity == 0.0 else level
+        found = "asked for" if self.sparsity is None else f"found for sparsity {self.sparsity:g}"
+        return LevelGates(curves.gates(level), f"error level of all layers, {found}: {level:.4f}")
+
+    def _facts(self, gates: list[Gate]) -> tuple[str, ...]:
+        return (gates.fact,) if isinstance(gates, LevelGates) else ()

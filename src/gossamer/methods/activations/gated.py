@@ -85,9 +85,10 @@ class GatedModel(Applied):
         *,
         beneath: Beneath | None = None,
         warnings: tuple[str, ...] = (),
+        facts: tuple[str, ...] = (),
     ) -> None:
         # What is beneath must be known to the methods that are told of this one.
-        self._beneath, self._warnings = beneath, warnings
+        self._beneath, self._warnings, self._facts = beneath, warnings, facts
         super().__init__(method, model)
         self.sites = sites
         self.measured: dict[str, float] | None = None
@@ -227,7 +228,8 @@ class GatedModel(Applied):
             meta = {"gates": gates, "model": fingerprint(self.model, self.sites)}
         if self._beneath is not None:
             tensors |= self._beneath.tensors
-        return State(meta | {"warnings": list(self._warnings)}, tensors)
+        said = {"warnings": list(self._warnings), "facts": list(self._facts)}
+        return State(meta | said, tensors)
 
     def plain(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """The weights as they were before anything was changed beneath the gates."""
@@ -297,14 +299,19 @@ class GatedModel(Applied):
         share = read / dense if dense else 1.0
         embedding, head = self._outside()
         positions = self._gates.positions
-        first = f"the first {positions.dense_prefix} real tokens"
-        if positions.dense_share:
-            first = f"the first {positions.dense_share:.0%} of the tokens"
+        masked = f"the first {positions.dense_prefix} real tokens of every text are dense; "
+        masked += "all others are masked"
+        if share_dense := positions.dense_share:
+            masked = f"the first {share_dense:.0%} of the tokens of every text are dense; "
+            masked += f"the last {1 - share_dense:.0%} are masked"
+        elif not positions.dense_prefix:
+            masked = "every token is masked"
         notes = [
             f"weight bytes read per token: {read:,} of {dense:,} ({share:.1%}) in the linear "
             f"layers of all blocks; apart from these, embeddings hold {embedding:,} bytes "
             f"and the head {head:,}",
-            f"{first} of every text are dense; all others are masked",
+            masked,
+            *self._facts,
         ]
         if self.measured:
             off = {gate.name: self.measured[gate.name] - gate.sparsity for gate in gates}

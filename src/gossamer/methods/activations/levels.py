@@ -30,6 +30,7 @@ from gossamer.models import Block, Inputs, Progress, Tokens, as_tokens, find_sit
 __all__ = [
     "Curve",
     "Curves",
+    "LevelGates",
     "PerplexityLevel",
     "cett",
     "cett_curves",
@@ -106,6 +107,14 @@ class Curve:
         threshold = self.threshold(level)
         share = self.sketch.share_below(threshold) if threshold > 0 else 0.0
         return self.tap.gate_at(threshold, share)
+
+
+class LevelGates(list[Gate]):
+    """Gates of all layers, and in ``fact`` the level they stand for, as a sentence."""
+
+    def __init__(self, gates: Iterable[Gate], fact: str) -> None:
+        super().__init__(gates)
+        self.fact = fact
 
 
 @dataclass(frozen=True, eq=False)

@@ -61,7 +61,8 @@ class RSparse(Thresholded):
         by |x_j| with no such path, which is TEAL. None searches one for every matrix.
     evaluations : of the search: the whole model on 8 x 256 calibration tokens each time.
 
-    The score is WINA's. Stacked experts have no low-rank path.
+    The score is WINA's. Stacked experts, and matrices whose budget pays for less than one rank,
+    have no low-rank path: their channels are gated by |x_j| alone.
 
     Source: arXiv 2504.19449, §3.
 
@@ -128,6 +129,21 @@ class RSparse(Thresholded):
         factors = LowRank(whole.left[:, :rank].contiguous(), whole.right[:rank].contiguous())
         return replace(tap.gate(1.0 - kept, sketches[tap.name]), low_rank=factors)
 
+    def _facts(self, gates: list[Gate]) -> tuple[str, ...]:
+        ranks = [g.low_rank.right.shape[0] for g in gates if g.low_rank is not None]
+        if not ranks:
+            return ("no matrix has a low-rank path: channels take all that is read",)
+        alphas = [_alpha(gate) for gate in gates]
+        how = "searched" if self.alpha is None else "given"
+        fact = (
+            f"alpha, {how}: {min(alphas):.2f} to {max(alphas):.2f}, mean "
+            f"{sum(alphas) / len(alphas):.2f}; {len(ranks)} of {len(gates)} matrices have a "
+            f"low-rank path, of rank {min(ranks)} to {max(ranks)}"
+        )
+        if len(ranks) < len(gates):
+            fact += "; stacked experts and budgets below one rank have none"
+        return (fact,)
+
     def _gates(
         self,
         model: nn.Module,
@@ -156,6 +172,13 @@ class RSparse(Thresholded):
             return gates(dict.fromkeys(names, 1.0 if self.alpha is None else self.alpha))
         error = OutputError(model, sites, trial_data(data, *SEARCH), *self.dense)
         return gates(search(names, lambda alphas: error(gates(alphas)), self.evaluations))
+
+
+def _alpha(gate: Gate) -> float:
+    """Share of what a gate's layers read that goes to channels."""
+    read = gate.size - gate.saved
+    path = 0 if gate.low_rank is None else gate.low_rank.left.numel() + gate.low_rank.right.numel()
+    return 1.0 - path / read if read else 1.0
 
 
 def search(

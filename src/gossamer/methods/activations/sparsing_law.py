@@ -17,7 +17,12 @@ from gossamer.methods.activations.base import Gated
 from gossamer.methods.activations.calibration import active_experts, token_loss
 from gossamer.methods.activations.gates import Gate, Tap, input_taps
 from gossamer.methods.activations.laws.rules import Rule, gates_by
-from gossamer.methods.activations.levels import DOWN_ROLES, PerplexityLevel, perplexity_level
+from gossamer.methods.activations.levels import (
+    DOWN_ROLES,
+    LevelGates,
+    PerplexityLevel,
+    perplexity_level,
+)
 from gossamer.methods.activations.neurons import NEURONS, neuron_taps
 from gossamer.models import Inputs, Progress, SiteMap, Tokens, as_tokens, find_sites
 
@@ -186,7 +191,15 @@ class SparsingLaw(Gated):
         batch_size: int,
         progress: Progress | None,
     ) -> list[Gate]:
-        return list(self.find(model, data, batch_size=batch_size, progress=progress).gates)
+        found = self.find(model, data, batch_size=batch_size, progress=progress)
+        return LevelGates(
+            found.gates,
+            f"level found: {found.level:.4f}, where the perplexity on the text searched grows by "
+            f"{found.growth - 1:.2%}",
+        )
+
+    def _facts(self, gates: list[Gate]) -> tuple[str, ...]:
+        return (gates.fact,) if isinstance(gates, LevelGates) else ()
 
 
 def _told(

@@ -39,7 +39,8 @@ class WINA(Thresholded):
 
     Source: arXiv 2505.19427, §3.
 
-    Departs from the paper: the basis changes behind the norms, not on the residual shortcuts: the
+    Departs from the paper: by default nothing is rotated (``transform=False``) and every matrix
+    gets the same sparsity; the basis changes behind the norms, not on the residual shortcuts: the
     same function with and without masks and the same bytes, while embeddings, head and writers
     stay as they are; nothing is mean-centred, which would change an RMSNorm model; kept channels
     are rounded to the nearest count, not down; every token but a short prefix is masked.
