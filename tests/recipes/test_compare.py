@@ -11,6 +11,7 @@ import pytest
 
 import gossamer
 from gossamer.core import GossamerError
+from gossamer.models import find_sites
 from gossamer.recipes.bench import Bench, Setup
 from gossamer.recipes.cells import grid
 from gossamer.recipes.compare import Comparison, compare
@@ -43,6 +44,11 @@ def test_rows_are_complete_and_the_model_comes_back():
         assert row["tokens_per_second"] is None
     assert all(v.equal(before[k]) for k, v in model.state_dict().items())
     json.dumps(rows, allow_nan=False)
+    blocks = sum(s.size * s.weight(model).element_size() for s in find_sites(model).sites)
+    assert {row["bytes_blocks"] for row in rows} == {blocks}
+    teal = rows[4]
+    spared = (dense["bytes_moved"] - teal["bytes_moved_limit"]) / blocks
+    assert spared == pytest.approx(teal["achieved_sparsity"], abs=0.01)  # TEAL works on all
 
 
 def test_only_what_is_missing_runs(tmp_path, monkeypatch):

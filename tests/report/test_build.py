@@ -286,3 +286,32 @@ def test_a_browser_shows_it(tmp_path: Path):
             back = sum(pixels.getpixel((2, 2))) / 3
         assert len(colours) > 500
         assert back < 60 if theme == 0 else back > 200
+
+
+def test_weight_reads_are_plotted_and_listed_by_the_bytes_read():
+    more = {"family": "activations", "unit": "weight reads", "pattern": None, "bytes_blocks": 10e6}
+    dense = row("dense", 0.0, 7.0, family=None, pattern=None, bytes_moved=12e6)
+    rows = [
+        dense,
+        row("cett", 0.5, 7.1, bytes_moved=12e6, bytes_moved_limit=10.79e6, **more),
+        row("teal", 0.5, 7.9, bytes_moved=12e6, bytes_moved_limit=7.05e6, **more),
+    ]
+    page = render(rows, [], META)
+    text = " ".join(parse(page).text).replace("\u202f", " ")
+    assert "87.9 % of bytes read" in text
+    assert "50.5 % of bytes read" in text
+    assert "share of block weight bytes unread" in text
+    assert "share of weight reads removed" not in text
+    assert 'best-mark">best<' not in page
+
+
+def test_a_speed_stands_beside_its_gain_over_the_dense_model_of_its_moment():
+    timed = {"simulated": False, "tokens_per_second": 240.0, "dense_tokens_per_second": 230.0}
+    rows = [
+        row("dense", 0.0, 7.0, family=None, simulated=False, tokens_per_second=120.0),
+        row("kernel", 0.5, 8.0, **timed),
+    ]
+    page = render(rows, [], META)
+    assert page.count("<br><small>1.04× dense beside it</small>") == 2
+    assert "240 tokens/s, 1.04× dense" in page
+    assert "2.00×" not in page

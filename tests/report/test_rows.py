@@ -153,3 +153,71 @@ def test_join_counts_what_is_too_much():
     assert join(["a"]) == "a"
     assert join(["a", "b", "c"]) == "a, b and c"
     assert join(list("abcdef"), most=3) == "a, b and 4 more"
+
+
+def reads(method: str, sparsity: float, spared: float, perplexity: float) -> dict[str, Any]:
+    """A row of weight reads beside SIZED: its blocks have 800 of the 1000 bytes moved."""
+    return row(
+        method, sparsity, perplexity, family="activations", unit="weight reads",
+        bytes_moved=1000, bytes_moved_limit=1000 - 800 * spared, bytes_blocks=800,
+    )  # fmt: skip
+
+
+SIZED = {**DENSE, "bytes_moved": 1000, "bytes_moved_limit": 1000}
+
+
+def test_weight_reads_are_ranked_by_the_bytes_spared_not_by_each_methods_own_share():
+    rows = [
+        SIZED,
+        reads("cett", 0.5, 0.121, 5.1),
+        reads("cats", 0.5, 0.245, 5.4),
+        reads("chess", 0.5, 0.327, 5.6),
+        reads("teal", 0.5, 0.495, 6.0),
+    ]
+    table = Table(rows)
+    assert [r.read for r in table.rows[1:]] == pytest.approx([0.879, 0.755, 0.673, 0.505])
+    assert table.rows[0].read is None
+    assert table.best() == set()
+    text = "\n".join(findings(table))
+    assert "is best" not in text
+    assert "level" not in text
+    rows.append(reads("teal", 0.12, 0.125, 5.02))
+    table = Table(rows)
+    assert table.best() == {5}
+    text = "\n".join(findings(table)).replace("\u202f", " ")
+    assert "With about 12 % of block weight bytes unread, teal is best: perplexity 5.02" in text
+    assert "next is cett at 5.10" in text
+
+
+@pytest.mark.parametrize(("spared", "best"), [(0.11, {2}), (0.1101, set())])
+def test_equal_bytes_are_those_within_a_point(spared: float, best: set[int]):
+    rows = [SIZED, reads("a", 0.5, 0.10, 6.0), reads("b", 0.2, spared, 5.5)]
+    assert Table(rows).best() == best
+
+
+def test_one_method_alone_at_some_bytes_is_not_called_best():
+    table = Table([SIZED, reads("a", 0.5, 0.30, 6.0), reads("a", 0.51, 0.305, 6.2)])
+    assert table.best() == set()
+    assert "level" not in "\n".join(findings(table))
+
+
+def test_bytes_are_spared_also_where_the_row_runs_on_a_kernel():
+    real = {**reads("a", 0.5, 0.3, 6.0), "simulated": False}
+    real["bytes_moved"] = real["bytes_moved_limit"]
+    assert Table([SIZED, real]).rows[1].spared == pytest.approx(0.3)
+
+
+def test_weight_reads_of_unknown_bytes_are_not_ranked():
+    table = Table([DENSE, *(row(m, 0.5, p, family="activations") for m, p in [("a", 6), ("b", 7)])])
+    assert table.best() == set()
+    assert table.groups() == {}
+    assert "is best" not in "\n".join(findings(table))
+
+
+def test_lines_and_limits_of_weight_reads_are_over_bytes():
+    rows = [SIZED, reads("a", 0.9, 0.20, 20.0), reads("a", 0.5, 0.121, 6.0)]
+    table = Table(rows)
+    (line,) = table.series()["block weight bytes"]
+    assert [r.share for r in line.rows] == pytest.approx([0.121, 0.20])
+    text = "\n".join(findings(table)).replace("\u202f", " ")
+    assert "a holds to 12 % and breaks at 20 % of block weight bytes unread" in text

@@ -12,6 +12,7 @@ from gossamer.recipes.bench import Setup
 from gossamer.recipes.cells import grid
 from gossamer.recipes.compare import Comparison
 from gossamer.report import from_run
+from gossamer.report.rows import Table
 
 __all__ = ["compare"]
 
@@ -147,6 +148,7 @@ _COLUMNS = (
     ("method", False, lambda r: r["method"]),
     ("pattern", False, lambda r: r["pattern"] or "-"),
     ("sparsity", False, lambda r: f"{r['achieved_sparsity']:.1%}"),
+    ("read", False, lambda r: _number(r["read"], ".1%")),
     ("perplexity", False, lambda r: _perplexity(r["perplexity"])),
     ("loss +", False, lambda r: _number(r["loss_more"], "+.3f")),
     ("KL", True, lambda r: _number(r["kl"], ".3f")),
@@ -159,8 +161,13 @@ _COLUMNS = (
         False,
         lambda r: "sim." if r["simulated"] else _number(r["tokens_per_second"], ",.0f"),
     ),
+    ("x dense", False, lambda r: _number(r["gain"], ".2f")),
     ("seconds", True, lambda r: f"{r['seconds']:.1f}"),
 )
+
+
+_SPARSE = {"read": "read", "x dense": "gain"}
+"""Columns left out where no row has their figure, by the name of the figure."""
 
 
 def _perplexity(value: float | None) -> str:
@@ -171,15 +178,36 @@ def rows_table(meta: dict[str, Any], rows: list[dict[str, Any]]) -> Any:
     """The comparison as a table that fits the terminal."""
     dense = next((r["loss"] for r in rows if r["method"] == "dense"), None)
     known = [
-        {**r, "loss_more": None if None in (r["loss"], dense) else r["loss"] - dense} for r in rows
+        {
+            **r,
+            "loss_more": None if None in (r["loss"], dense) else r["loss"] - dense,
+            "read": seen.read,
+            # Over the dense model timed beside the row: the dense row's time is another moment's.
+            "gain": None if seen.dense else seen.speedup,
+        }
+        for r, seen in zip(rows, Table(rows).rows, strict=True)
     ]
-    columns = [c for c in _COLUMNS if console.width >= 120 or not c[1]]
+    columns = [
+        column
+        for column in _COLUMNS
+        if (console.width >= 120 or not column[1])
+        and (column[0] not in _SPARSE or any(r[_SPARSE[column[0]]] is not None for r in known))
+    ]
     title = f"{meta['model']}: {meta['tokens']:,} held-out tokens, context {meta['context']}"
     shown = [[text(r) for _, _, text in columns] for r in known]
     return table(title, [name for name, *_ in columns], shown, right=2)
 
 
 def _footnotes(rows: list[dict[str, Any]]) -> None:
+    seen = Table(rows).rows
+    if any(row.read is not None for row in seen):
+        console.print(
+            "read: share of the blocks' weight bytes a token still reads. Methods count "
+            "sparsity over different matrices: compare these rows at equal read.",
+            style="dim",
+        )
+    if any(row.speedup is not None and not row.dense for row in seen):
+        console.print("x dense: speed over the dense model timed right after it.", style="dim")
     if any(r["simulated"] for r in rows):
         console.print(
             "loss +: nats per token over dense. agree: same most likely token as dense. "

@@ -39,6 +39,7 @@ class Footprint:
         plain transformers reads. File headers (kilobytes) are not counted.
     bytes_moved : read per decoded token as the model runs now: all of it while simulated.
     bytes_moved_limit : what a kernel that skips everything removed must still read.
+    bytes_blocks : the part of the dense ``bytes_moved`` that is the blocks' linear weights.
     bytes_cache : the part of ``bytes_moved`` that is keys and values.
     context : length of the text over which the cache's part is averaged; 0 leaves it out.
     simulated : the arithmetic runs densely; no method at work means False.
@@ -52,6 +53,7 @@ class Footprint:
     bytes_stored: int
     bytes_moved: int
     bytes_moved_limit: int
+    bytes_blocks: int
     bytes_cache: int
     context: int
     simulated: bool
@@ -148,6 +150,7 @@ def footprint(
         bytes_stored=_stored(model) + sum(_state_bytes(work) for work in at_work),
         bytes_moved=weights + cache if simulated or not at_work else limit,
         bytes_moved_limit=limit,
+        bytes_blocks=round(sum(_bytes(site, model, active) for site in sites.sites)),
         bytes_cache=cache,
         context=context,
         simulated=simulated,

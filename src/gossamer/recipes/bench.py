@@ -101,6 +101,8 @@ class Bench:
         self.model: Any = model
         self.tokenizer = find_tokenizer(self.model) if tokenizer is None else tokenizer
         self.sites = find_sites(self.model)
+        # Of the dense model: a method may put other modules in the place of the matrices.
+        self.bytes_blocks = footprint(self.model, sites=self.sites).bytes_blocks
         self.calibration, self.evaluation = self._texts()
         self.reference = Reference.record(
             self.model,
@@ -192,6 +194,7 @@ class Bench:
             "bytes_stored": sizes.bytes_stored,
             "bytes_moved": moved,
             "bytes_moved_limit": sizes.bytes_moved_limit,
+            "bytes_blocks": self.bytes_blocks,
             "tokens_per_second": None if rate is None else round(rate.decode.median, 2),
             "dense_tokens_per_second": None,
             "prefill_tokens_per_second": None if rate is None else round(rate.prefill.median, 2),

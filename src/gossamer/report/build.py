@@ -14,7 +14,7 @@ from gossamer.report import numbers
 from gossamer.report.charts import quality_chart, series_class, speed_chart
 from gossamer.report.findings import findings, join
 from gossamer.report.layers import heat_key, layer_maps
-from gossamer.report.rows import USABLE, Row, Series, Table
+from gossamer.report.rows import BLOCKS, USABLE, Row, Series, Table
 
 __all__ = ["build", "render"]
 
@@ -122,6 +122,7 @@ def render(
         "claims": [{**dict.fromkeys(_CLAIM), **claim} for claim in claims],
         "verdicts": [(name, verdicts[name]) for name in VERDICTS if verdicts[name]],
         "usable": USABLE,
+        "blocks": BLOCKS,
         "facts": _facts(meta),
     }
     return _environment().get_template("page.html.j2").render(context)

@@ -10,7 +10,7 @@ from markupsafe import Markup, escape
 
 from gossamer.report.axes import Scale, linear_ticks, log_ticks, spread
 from gossamer.report.numbers import percent, perplexity, rate
-from gossamer.report.rows import Row, Series, Table
+from gossamer.report.rows import BLOCKS, Row, Series, Table
 from gossamer.report.svg import Frame, clip, svg, tag
 
 __all__ = ["COLOURS", "quality_chart", "series_class", "speed_chart"]
@@ -57,12 +57,16 @@ def _axes(
 def _tooltip(table: Table, row: Row) -> str:
     head = f"{row.label}{f', pattern {row.pattern}' if row.pattern and not row.fixed else ''}"
     lines = [head, f"{percent(row.achieved)} of {row.unit} removed"]
+    if row.read is not None:
+        lines.append(f"{percent(row.read, 1)} of {BLOCKS} read")
     lines.append(f"perplexity {perplexity(row.perplexity)}")
     over = table.loss_over_dense(row)
     if over is not None and not row.dense:
         lines.append(f"loss {over:+.3f} nats on dense".replace("-", "−"))
     if row.tokens_per_second is not None:
-        lines.append(f"{rate(row.tokens_per_second)} tokens/s")
+        paired = row.speedup is not None and not row.dense
+        gain = f", {row.speedup:.2f}× dense" if paired else ""
+        lines.append(f"{rate(row.tokens_per_second)} tokens/s{gain}")
     if row.simulated:
         lines.append("simulated: no speed")
     return "\n".join(lines)
@@ -94,7 +98,7 @@ def _y_scale(table: Table, rows: Sequence[Row], frame: Frame) -> Scale:
 
 def _place(row: Row, x: Scale, y: Scale) -> tuple[float, float, str]:
     """Pixels of a row and the marker it gets."""
-    at = x(row.achieved)
+    at = x(row.share)
     if row.perplexity is None:
         return at, y.end, "broken"
     if row.perplexity > y.high:
@@ -104,7 +108,7 @@ def _place(row: Row, x: Scale, y: Scale) -> tuple[float, float, str]:
 
 def _path(line: Series, x: Scale, y: Scale) -> Markup:
     """The line through a series; it leaves the chart where a value is beyond the edge."""
-    points = [(x(r.achieved), r.perplexity) for r in line.rows]
+    points = [(x(r.share), r.perplexity) for r in line.rows]
     known = [(a, p) for a, p in points if p is not None]
     if len(known) < 2:
         return Markup("")
@@ -125,7 +129,8 @@ def quality_chart(
     x = _sparsity_scale(rows, frame)
     y = _y_scale(table, rows, frame)
     ticks = [(t, percent(t)) for t in linear_ticks(x.low, x.high, 6)]
-    parts = _axes(frame, x, y, ticks, f"share of {unit} removed")
+    gone = f"share of {unit} {'unread' if unit == BLOCKS else 'removed'}"
+    parts = _axes(frame, x, y, ticks, gone)
     ends: list[tuple[str, str, float, float]] = []
     if table.dense is not None and table.dense.perplexity is not None:
         at = y(table.dense.perplexity)
@@ -150,11 +155,11 @@ def quality_chart(
         ends.append((line.label, series_class(line), at, up))
     if labelled:
         parts += _end_labels(ends, frame)
-    return svg(frame, f"Perplexity against the share of {unit} removed", parts)
+    return svg(frame, f"Perplexity against the {gone}", parts)
 
 
 def _sparsity_scale(rows: Sequence[Row], frame: Frame) -> Scale:
-    values = [row.achieved for row in rows] or [0.0, 1.0]
+    values = [row.share for row in rows] or [0.0, 1.0]
     low, high = min(values), max(values)
     room = max(0.05, (high - low) * 0.06)
     low = max(0.0, low - room)

@@ -1,7 +1,7 @@
 """Findings: what the rows say, in plain sentences computed from them."""
 
 from gossamer.report.numbers import megabytes, percent, perplexity
-from gossamer.report.rows import TIE, USABLE, Group, Row, Table
+from gossamer.report.rows import BLOCKS, TIE, USABLE, Group, Row, Table
 
 __all__ = ["findings", "join"]
 
@@ -24,13 +24,15 @@ def findings(table: Table) -> list[str]:
 
 def _what(group: Group) -> str:
     unit, sparsity, fixed = group
-    return f"{fixed} {unit}" if fixed else f"{percent(sparsity)} of {unit}"
+    if unit == BLOCKS:
+        return f"about {percent(sparsity, 0)} of {unit} unread"
+    return f"{fixed} {unit}" if fixed else f"{percent(sparsity)} of {unit} removed"
 
 
 def _leader(table: Table, group: Group, rows: list[Row]) -> str:
     """Which method is best in one group; empty when only one method is in it."""
     rivals = [row for row in rows if not row.random]
-    if len(rivals) < 2 or rivals[0].perplexity is None:
+    if len({row.method for row in rivals}) < 2 or rivals[0].perplexity is None:
         return ""
     first = rivals[0]
     assert first.perplexity is not None
@@ -42,7 +44,7 @@ def _leader(table: Table, group: Group, rows: list[Row]) -> str:
     value = perplexity(first.perplexity)
     over = table.loss_over_dense(first)
     added = "" if over is None else f", {over:+.2f} nats on dense"
-    head = f"With {_what(group)} removed" if not group[2] else f"At {_what(group)}"
+    head = f"With {_what(group)}" if not group[2] else f"At {_what(group)}"
     if len(level) == len(rivals):
         return f"{head}, {names} are level (perplexity {value}{added})."
     verb = "is best" if len(level) == 1 else "lead together"
@@ -64,13 +66,14 @@ def _limits(table: Table) -> list[str]:
     for (_, label), rows in reach.items():
         good = [row for row in rows if table.usable(row)]
         if good:
-            top = max(good, key=lambda r: r.achieved)
-            bad = [row for row in rows if not table.usable(row) and row.achieved > top.achieved]
+            top = max(good, key=lambda r: r.share)
+            bad = [row for row in rows if not table.usable(row) and row.share > top.share]
             end = (
-                f"to {percent(top.achieved, 0)} and break at {percent(bad[0].achieved, 0)}"
+                f"to {percent(top.share, 0)} and break at {percent(bad[0].share, 0)}"
                 if bad
-                else (f"at all sparsities tried, up to {percent(top.achieved, 0)}")
+                else (f"at all sparsities tried, up to {percent(top.share, 0)}")
             )
+            end += f" of {BLOCKS} unread" if top.measure == BLOCKS else ""
             held.setdefault(end, []).append(label)
         else:
             never.append(label)

@@ -1,28 +1,34 @@
 """Rows of a comparison as the page reads them: named, grouped, ranked."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import exp, isfinite, log
 from typing import Any
 
 from gossamer.core import GossamerError
 
-__all__ = ["TIE", "USABLE", "Group", "Row", "Series", "Table", "short_label"]
+__all__ = ["BLOCKS", "NEAR", "TIE", "USABLE", "Group", "Row", "Series", "Table", "short_label"]
 
 USABLE = 2.0
 """A row is called usable up to this multiple of the dense perplexity."""
 TIE = 1.01
 """Two perplexities are called level when they differ by less than this factor."""
 
+BLOCKS = "block weight bytes"
+"""What weight reads are compared by: methods count them over different matrices."""
+NEAR = 0.01
+"""Shares of block weight bytes are called equal when they differ by no more than this."""
+_READS = "weight reads"
+
 _UNITS = {
     "weights": "weights",
-    "activations": "weight reads",
+    "activations": _READS,
     "attention": "attention pairs",
     "features": "latents",
 }
 
 Group = tuple[str, float, str]
-"""What is compared with what: (unit, sparsity, N:M pattern or "")."""
+"""What is compared with what: (measure, share, N:M pattern or "")."""
 
 
 def _number(value: Any) -> float | None:
@@ -46,6 +52,9 @@ class Row:
     Parameters
     ----------
     index : place in the results. unit : what the sparsity is a share of.
+    bytes_blocks : of the blocks' linear weights, as much of them as a token reads of dense.
+    spared : share of ``bytes_blocks`` that a token need not read, of 1; only where the unit is
+        weight reads.
     """
 
     index: int
@@ -62,6 +71,7 @@ class Row:
     bytes_stored: float | None
     bytes_moved: float | None
     bytes_moved_limit: float | None
+    bytes_blocks: float | None
     tokens_per_second: float | None
     dense_tokens_per_second: float | None
     prefill: float | None
@@ -70,6 +80,7 @@ class Row:
     seed: Any
     note: str
     layers: tuple[Mapping[str, Any], ...]
+    spared: float | None = None
 
     @classmethod
     def of(cls, index: int, values: Mapping[str, Any]) -> "Row":
@@ -108,6 +119,7 @@ class Row:
             bytes_stored=_number(values.get("bytes_stored")),
             bytes_moved=_number(values.get("bytes_moved")),
             bytes_moved_limit=_number(values.get("bytes_moved_limit")),
+            bytes_blocks=_number(values.get("bytes_blocks")),
             # Simulated sparsity runs the dense arithmetic: whatever was timed is not its speed.
             tokens_per_second=None if simulated else _number(values.get("tokens_per_second")),
             dense_tokens_per_second=_number(values.get("dense_tokens_per_second")),
@@ -154,10 +166,28 @@ class Row:
         """The pattern as far as it separates lines: the budgets of a window lie on one."""
         return "window" if self.pattern.startswith("window:") else self.pattern
 
+    def beside(self, dense: "Row | None") -> "Row":
+        """The row with its spared share, where the bytes of both rows are known."""
+        sizes = (dense and dense.bytes_moved, self.bytes_moved_limit, self.bytes_blocks)
+        before, after, blocks = sizes
+        if self.unit != _READS or self.dense or before is None or after is None or not blocks:
+            return self
+        return replace(self, spared=(before - after) / blocks)
+
     @property
-    def group(self) -> Group:
-        """The rows it is ranked against."""
-        return self.unit, round(self.sparsity, 3), self.fixed
+    def measure(self) -> str:
+        """What :attr:`share` is a share of."""
+        return self.unit if self.spared is None else BLOCKS
+
+    @property
+    def share(self) -> float:
+        """Share removed, comparable between the rows of one measure."""
+        return self.achieved if self.spared is None else self.spared
+
+    @property
+    def read(self) -> float | None:
+        """Share of the block weight bytes a token still reads, where that is what counts."""
+        return None if self.spared is None else 1.0 - self.spared
 
     @property
     def label(self) -> str:
@@ -180,8 +210,9 @@ class Table:
     """All rows of a comparison, and what they say together."""
 
     def __init__(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        self.rows = [Row.of(index, row) for index, row in enumerate(rows)]
-        self.dense = next((row for row in self.rows if row.dense), None)
+        read = [Row.of(index, row) for index, row in enumerate(rows)]
+        self.dense = next((row for row in read if row.dense), None)
+        self.rows = [row.beside(self.dense) for row in read]
         self._names = {
             row.index: line.label
             for lines in self.series().values()
@@ -209,11 +240,19 @@ class Table:
         return times is not None and times <= USABLE
 
     def groups(self) -> dict[Group, list[Row]]:
-        """Sparse rows by what they are ranked against, best first, destroyed ones last."""
+        """Sparse rows by what they are ranked against, best first, destroyed ones last.
+
+        Weight reads are grouped by the block weight bytes they spare, within :data:`NEAR`; where
+        those are not known the rows are in no group, for their sparsities do not compare.
+        """
         groups: dict[Group, list[Row]] = {}
         for row in self.rows:
-            if not row.dense:
-                groups.setdefault(row.group, []).append(row)
+            if not row.dense and row.unit != _READS:
+                group = row.unit, round(row.sparsity, 3), row.fixed
+                groups.setdefault(group, []).append(row)
+        for members in _near([row for row in self.rows if row.spared is not None]):
+            middle = (members[0].share + members[-1].share) / 2
+            groups[BLOCKS, round(middle, 3), ""] = members
         for members in groups.values():
             members.sort(key=lambda r: (r.perplexity is None, r.perplexity or 0.0, r.index))
         return dict(sorted(groups.items(), key=lambda item: _unit_order(item[0])))
@@ -223,13 +262,13 @@ class Table:
         found: set[int] = set()
         for members in self.groups().values():
             rivals = [row for row in members if not row.random]
-            if len(rivals) > 1 and rivals[0].perplexity is not None:
+            if len({row.method for row in rivals}) > 1 and rivals[0].perplexity is not None:
                 limit = rivals[0].perplexity * TIE
                 found |= {r.index for r in rivals if r.perplexity and r.perplexity < limit}
         return found
 
     def series(self) -> dict[str, list[Series]]:
-        """Lines by unit, in order of appearance; colours are unique within the page's order."""
+        """Lines by measure, in order of appearance; colours are unique within the page's order."""
         patterns: dict[str, set[str]] = {}
         for row in self.rows:
             if not row.fixed:
@@ -240,20 +279,30 @@ class Table:
                 continue
             several = not row.fixed and len(patterns.get(row.method, ())) > 1
             label = f"{row.label} {row.kind}" if several and row.kind else row.label
-            lines.setdefault((row.unit, label), []).append(row)
+            lines.setdefault((row.measure, label), []).append(row)
         result: dict[str, list[Series]] = {}
         colours: dict[str, int] = {}
         for (unit, label), rows in lines.items():
             first = rows[0]
             if first.role == "method":
                 colours.setdefault(label, len(colours))
-            ordered = tuple(sorted(rows, key=lambda r: (r.achieved, r.index)))
+            ordered = tuple(sorted(rows, key=lambda r: (r.share, r.index)))
             line = Series(label, first.method, first.role, ordered, colours.get(label, 0))
             result.setdefault(unit, []).append(line)
         return dict(sorted(result.items(), key=lambda item: _unit_order((item[0],))))
 
 
+def _near(rows: Sequence[Row]) -> list[list[Row]]:
+    """Rows in order of their shares, cut so that no two in a part differ by more than NEAR."""
+    parts: list[list[Row]] = []
+    for row in sorted(rows, key=lambda r: (r.share, r.index)):
+        if not parts or row.share - parts[-1][0].share > NEAR + 1e-9:
+            parts.append([])
+        parts[-1].append(row)
+    return parts
+
+
 def _unit_order(key: tuple[Any, ...]) -> tuple[Any, ...]:
-    units = list(_UNITS.values())
+    units = ["weights", BLOCKS, *list(_UNITS.values())[1:]]
     unit = key[0]
     return (units.index(unit) if unit in units else len(units), *key)
