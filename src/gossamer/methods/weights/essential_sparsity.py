@@ -22,11 +22,12 @@ from gossamer.core import (
 )
 from gossamer.methods.weights.base import Allocation, OneShot, prunable
 from gossamer.methods.weights.knee.curve import Curve, parse_sweep
-from gossamer.methods.weights.retrain.loop import Plan, finetune, in_float32
+from gossamer.methods.weights.retrain.loop import Plan, finetune
 from gossamer.methods.weights.retrain.masks import Masks, parameter_masks
 from gossamer.methods.weights.retrain.start import Successor, reattach_masks, starting
 from gossamer.methods.weights.retrain.states import copy_of, put_back
 from gossamer.models import Inputs, Progress, Tokens, as_tokens
+from gossamer.models.fit import in_float32
 from gossamer.models.loss import WindowLosses, window_losses
 
 __all__ = ["EssentialSparsity"]

@@ -15,11 +15,12 @@ from gossamer.core import Card, GossamerError, Method, Pattern, Unstructured, ch
 from gossamer.methods.weights.base import Allocation, OneShot, PrunedModel
 from gossamer.methods.weights.retrain.batchnorm import recompute_batchnorm
 from gossamer.methods.weights.retrain.cook import Cooked, Rule, cook, phases_of
-from gossamer.methods.weights.retrain.loop import Plan, finetune, in_float32
+from gossamer.methods.weights.retrain.loop import Plan, finetune
 from gossamer.methods.weights.retrain.masks import parameter_masks
 from gossamer.methods.weights.retrain.start import Successor, reattach_masks, starting
 from gossamer.methods.weights.retrain.states import copy_of, put_back
 from gossamer.models import Inputs, Progress, Tokens, as_tokens
+from gossamer.models.fit import in_float32
 from gossamer.models.loss import window_losses
 
 __all__ = ["SparseSoups"]

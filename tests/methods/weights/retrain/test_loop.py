@@ -10,9 +10,10 @@ from torch import nn
 
 from gossamer.core import GossamerError
 from gossamer.methods import make
-from gossamer.methods.weights.retrain.loop import Plan, batch_of, finetune, in_float32, orders
+from gossamer.methods.weights.retrain.loop import Plan, batch_of, finetune, orders
 from gossamer.methods.weights.retrain.masks import parameter_masks
 from gossamer.models import Inputs
+from gossamer.models.fit import in_float32
 from gossamer.models.loss import window_losses
 from tests.models.subjects import random_tokens
 from tests.models.tiny import tiny_model

@@ -13,9 +13,10 @@ from gossamer.core import Budget, GossamerError, Pattern, Selection
 from gossamer.core.schedule import Window
 from gossamer.core.scores import magnitude
 from gossamer.methods.weights.convnets.sites import ConvSite
-from gossamer.methods.weights.retrain.loop import Plan, batch_of, in_float32, orders, undisturbed
+from gossamer.methods.weights.retrain.loop import Plan, batch_of, orders
 from gossamer.methods.weights.retrain.masks import holding, mask_gradients
 from gossamer.models import Inputs, Progress
+from gossamer.models.fit import in_float32, undisturbed
 
 __all__ = ["classification_loss", "gradual"]
 

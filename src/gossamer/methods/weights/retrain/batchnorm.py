@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from gossamer.core import check_count
-from gossamer.methods.weights.retrain.loop import batch_of, undisturbed
+from gossamer.methods.weights.retrain.loop import batch_of
 from gossamer.models import Inputs, Tokens
+from gossamer.models.fit import undisturbed
 
 __all__ = ["batch_norms", "recompute_batchnorm"]
 

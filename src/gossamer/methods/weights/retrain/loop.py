@@ -5,7 +5,6 @@ computes a loss.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from math import isfinite
 from typing import Any, Literal
@@ -16,9 +15,10 @@ from torch import Tensor, nn
 from gossamer.core import GossamerError, check_count, unknown
 from gossamer.methods.weights.retrain.masks import Masks, holding, mask_gradients
 from gossamer.models import Inputs, Progress, Tokens
+from gossamer.models.fit import undisturbed
 from gossamer.models.gradient import own_loss
 
-__all__ = ["Plan", "batch_of", "finetune", "in_float32", "orders", "undisturbed"]
+__all__ = ["Plan", "batch_of", "finetune", "orders"]
 
 Loss = Callable[[nn.Module, dict[str, Tensor]], Tensor]
 
@@ -101,39 +101,6 @@ def batch_of(
     else:
         part = Inputs({name: value[rows] for name, value in data.values.items()})
     return next(part.batches(len(rows), device))
-
-
-@contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Put back every module's mode, every parameter's gradient, and torch's random state."""
-    modes = [(module, module.training) for module in model.modules()]
-    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
-    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
-    try:
-        with torch.random.fork_rng(devices):
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-        for parameter, gradient in gradients:
-            parameter.grad = gradient
-
-
-@contextmanager
-def in_float32(model: nn.Module) -> Iterator[None]:
-    """Hold half-precision parameters and buffers in float32, and round them back on exit.
-
-    Updates below the spacing of bfloat16 would otherwise be lost.
-    """
-    held = [*model.parameters(), *model.buffers()]
-    halves = [(t, t.dtype) for t in held if t.is_floating_point() and t.element_size() < 4]
-    try:
-        for tensor, _ in halves:
-            tensor.data = tensor.data.float()
-        yield
-    finally:
-        for tensor, dtype in halves:
-            tensor.data = tensor.data.to(dtype)
 
 
 def _optimizer(model: nn.Module, plan: Plan) -> torch.optim.Optimizer:
