@@ -112,8 +112,8 @@ def score_claims(
         Claim(
             name="sanity checks",
             sentence="What the score finds is how many weights each layer keeps, not which: "
-            "shuffling masks within layers or drawing the weights anew costs little; inverting costs "
-            "much.",
+            "shuffling masks within layers or drawing the weights anew costs little; inverting "
+            "costs much.",
             paper="Frankle et al. (arXiv 2009.08576): true of SNIP, GraSP and SynFlow on CIFAR-10",
             experiment="digits, 64-300-100-10 at 95 % sparsity, 1500 updates of SGD: accuracy",
             run=partial(sanity, cls=cls, loss=loss),
