@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from gossamer.core.pattern import Window
-from gossamer.methods.attention.executor import Call, Ran, choose, run
+from gossamer.methods.attention.executor import Call
+from gossamer.methods.attention.executors import choose, run
 from gossamer.methods.attention.index import WindowIndex
 from gossamer.methods.attention.layout import Layout
 
@@ -56,7 +57,7 @@ def paired(
 
 def measure(
     queries: int, length: int, sink: int, recent: int, call: Call, repeats: int
-) -> tuple[float, float, float, float, Ran]:
+) -> tuple[float, float, float, float, str]:
     """Dense milliseconds and the speed of window, its first layer, and mask over dense."""
 
     def layout() -> Layout:

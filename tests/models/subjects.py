@@ -59,6 +59,18 @@ def _logits(model: nn.Module) -> Tensor:
         return model(input_ids=random_tokens(7).input_ids[:3]).logits
 
 
+def _decoded_logits(model: nn.Module) -> Tensor:
+    """(3, 12, vocabulary) logits of tokens that follow a prompt of 12, one by one."""
+    ids = random_tokens(7).input_ids[:3]
+    logits, cache = [], None
+    with torch.no_grad():
+        for start, stop in [(0, 12), *((at, at + 1) for at in range(12, ids.shape[1]))]:
+            out = model(input_ids=ids[:, start:stop], past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+            logits.append(out.logits[:, -1])
+    return torch.stack(logits, dim=1)
+
+
 def _image_logits(model: nn.Module) -> Tensor:
     with torch.no_grad():
         return model(**image_prompt()).logits
@@ -76,6 +88,12 @@ def _unknown_words() -> Tokens:
 
 
 SUBJECTS: dict[str, Subject] = {
+    "decoding language model": Subject(
+        build=lambda: tiny_model("llama"),
+        data=random_tokens,
+        outputs=_decoded_logits,
+        broken=_unknown_words,
+    ),
     "language model": Subject(
         build=lambda: tiny_model("llama"),
         data=random_tokens,

@@ -4,7 +4,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gossamer.core import GossamerError
-from gossamer.methods.attention.executor import Call, choose, execute, run
+from gossamer.methods.attention.executor import Call
+from gossamer.methods.attention.executors import choose, execute, run
 from gossamer.methods.attention.index import BlockIndex, WindowIndex
 from gossamer.methods.attention.layout import Layout
 from gossamer.methods.attention.window import window_attention, window_cost

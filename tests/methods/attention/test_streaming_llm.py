@@ -82,13 +82,13 @@ def test_reported_pairs_are_those_the_model_reads(name, monkeypatch):
     from gossamer.methods.attention import applied
 
     seen = []
-    execute = applied.execute
+    run = applied.run
 
-    def spy(call, index, backend):
+    def spy(name, call, index):
         seen.append(index.pairs())
-        return execute(call, index, backend)
+        return run(name, call, index)
 
-    monkeypatch.setattr(applied, "execute", spy)
+    monkeypatch.setattr(applied, "run", spy)
     model, ids = tiny_model(name), tokens(rows=1, length=30)
     with StreamingLLM(sink=2, recent=5).apply(model, ids) as work:
         logits(model, ids)

@@ -1,56 +1,21 @@
 """StreamingLLM: four sinks make a window work."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from gossamer.claims.base import Claim, Figures, Verdict, mean
 from gossamer.claims.lm import heldout, nano
-from gossamer.core import topk_mask
-from gossamer.core.scores.random import uniform_random
-from gossamer.methods.attention.applied import Selector, SparseAttention
-from gossamer.methods.attention.executor import Backend, Call
-from gossamer.methods.attention.index import BlockIndex, pairs_in_window
-from gossamer.methods.attention.layout import Layout
+from gossamer.methods.attention.random_keys import RandomKeys
 from gossamer.methods.attention.streaming_llm import StreamingLLM
-from gossamer.models import State, Tokens
+from gossamer.models import Tokens
 
 __all__ = ["CLAIMS"]
 
 KEYS, SINKS, LENGTH = 64, 4, 512
 MARGIN = 0.02
 """Nats per token that sinks must save: above what seeds move the loss by."""
-
-
-@dataclass(frozen=True)
-class RandomKeys(Selector):
-    """The control: every query keeps itself and as many earlier keys as a window, at random."""
-
-    keys: int
-    seed: int
-
-    def select(self, call: Call, layout: Layout, layer: int) -> BlockIndex:
-        name = ("random", self.keys, self.seed, layer)
-        if name not in layout.memo:
-            shape = torch.empty(layout.queries, layout.keys, device=layout.device)
-            score = uniform_random(shape, seed=1000 * self.seed + layer)
-            own = layout.query_index[:, None] == layout.key_index
-            later = layout.key_index > layout.query_index[:, None]
-            score = score.masked_fill(own, torch.inf).masked_fill(later, -torch.inf)
-            kept = topk_mask(score, min(self.keys, layout.keys)) & ~later
-            layout.memo[name] = BlockIndex.from_blocks(layout, kept[None, None], (1, 1))
-        return layout.memo[name]
-
-    def pairs(self, length: int, layer: int, own: int | None) -> tuple[int, int]:
-        return pairs_in_window(length, 0, self.keys, own)
-
-    def simulated(self, backend: Backend, length: int) -> bool:
-        return True
-
-    def state(self) -> State:
-        return State({"keys": self.keys, "seed": self.seed})
 
 
 @torch.no_grad()
@@ -74,9 +39,10 @@ def measure(model: nn.Module, tokens: Tokens, seed: int) -> Figures:
         with StreamingLLM(sink=sink, recent=KEYS - sink).apply(model, tokens) as work:
             figures[name] = late_loss(model, tokens, KEYS)
             figures[f"{name}_sparsity"] = work.report().sparsity
-    control = StreamingLLM(sink=0, recent=KEYS)
-    with SparseAttention(control, model, RandomKeys(KEYS, seed), tokens.length) as work:
+    control = RandomKeys(budget_tokens=KEYS, seed=seed, length=tokens.length)
+    with control.apply(model) as work:
         figures["random"] = late_loss(model, tokens, KEYS)
+        work.measure(tokens)
         figures["random_sparsity"] = work.report().sparsity
     return figures
 

@@ -1,36 +1,22 @@
-"""Executors: attention over the kept keys only, by definition or by reading nothing else.
-
-Every executor takes a call and an index and returns the same numbers up to rounding:
-
-- ``reference`` is the definition: explicit softmax in fp32 (fp64 for fp64 inputs) over a dense
-  mask. Slow, any index.
-- ``masked`` is fused attention under a dense mask: runs everything, saves nothing.
-- ``window`` reads sinks and a band for each block of queries: O(T * window) time and memory.
-- ``dense`` is the model's full attention, where an index removes nothing.
+"""One attention call, attention over some of its keys, and what every executor answers to.
 
 Shapes: B = batch, H = heads, G = key-value heads, R = H / G, Q = queries, K = keys,
 D, E = head widths of queries and values.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal, get_args
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from gossamer.core import GossamerError, unknown
-from gossamer.methods.attention.index import KeyIndex, WindowIndex
-from gossamer.methods.attention.window import refusal, window_attention, window_cost
+from gossamer.core import GossamerError
+from gossamer.methods.attention.index import KeyIndex
+from gossamer.methods.attention.memory import LayerState
 
-__all__ = ["Backend", "Call", "Ran", "attend", "choose", "execute", "run"]
-
-Backend = Literal["auto", "reference", "window"]
-Ran = Literal["dense", "masked", "reference", "window"]
-
-_GATHER_KEYS = 256
-"""Keys a decoded token could read in the time that gathering its window takes."""
+__all__ = ["Call", "Executor", "attend", "explicit_attend"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +30,10 @@ class Call:
     softcap : scores become ``softcap * tanh(score / softcap)``; None leaves them.
     sink_logits : (H,), a learned score that takes part in the softmax and has no value; or None.
     dropout : probability on the attention weights; 0 outside training.
+    state : what the selector remembers of this layer for this cache; new without a cache.
+    step : shared by all layers within one forward pass of the model.
+    cache : the transformers cache, or None.
+    hidden : (B, Q, C), input of the attention module, or None where nobody asked for it.
     """
 
     query: Tensor
@@ -53,6 +43,10 @@ class Call:
     softcap: float | None = None
     sink_logits: Tensor | None = None
     dropout: float = 0.0
+    state: LayerState = field(default_factory=LayerState, repr=False)
+    step: dict[str, Any] = field(default_factory=dict, repr=False)
+    cache: Any = field(default=None, repr=False)
+    hidden: Tensor | None = field(default=None, repr=False)
 
     @property
     def groups(self) -> tuple[int, int]:
@@ -61,6 +55,22 @@ class Call:
         if heads % shared:
             raise GossamerError(f"{heads} query heads do not divide into {shared} key-value heads")
         return shared, heads // shared
+
+    def grouped_query(self) -> Tensor:
+        """(B, G, R, Q, D): the queries by the keys they share."""
+        shared, repeat = self.groups
+        batch, _, queries, width = self.query.shape
+        return self.query.view(batch, shared, repeat, queries, width)
+
+    @property
+    def exact(self) -> torch.dtype:
+        """The dtype scores are summed in: fp32, or fp64 for fp64 inputs."""
+        return torch.promote_types(self.query.dtype, torch.float32)
+
+    @property
+    def factor(self) -> float:
+        """What scores are multiplied by."""
+        return self.query.shape[-1] ** -0.5 if self.scale is None else self.scale
 
     @property
     def fusable(self) -> bool:
@@ -99,9 +109,8 @@ def explicit_attend(
     call: Call, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
 ) -> Tensor:
     """:func:`attend` written out; softmax in fp32 or better."""
-    exact = torch.promote_types(query.dtype, torch.float32)
-    scale = query.shape[-1] ** -0.5 if call.scale is None else call.scale
-    score = torch.einsum("bgrqd,bgkd->bgrqk", query.to(exact), key.to(exact)) * scale
+    exact = call.exact
+    score = torch.einsum("bgrqd,bgkd->bgrqk", query.to(exact), key.to(exact)) * call.factor
     if call.softcap is not None:
         score = call.softcap * torch.tanh(score / call.softcap)
     if mask is not None:
@@ -115,95 +124,30 @@ def explicit_attend(
     return torch.einsum("bgrqk,bgke->bgrqe", weight, value.to(exact)).to(query.dtype)
 
 
-def _split(call: Call) -> Tensor:
-    shared, repeat = call.groups
-    batch, _, queries, width = call.query.shape
-    return call.query.view(batch, shared, repeat, queries, width)
+class Executor(ABC):
+    """One way to run an index. All give the same numbers up to rounding.
 
-
-def _reference(call: Call, index: KeyIndex) -> Tensor:
-    return explicit_attend(call, _split(call), call.key, call.value, index.mask()).flatten(1, 2)
-
-
-def _masked(call: Call, index: KeyIndex) -> Tensor:
-    return attend(call, _split(call), call.key, call.value, index.mask()).flatten(1, 2)
-
-
-def _dense(call: Call, index: KeyIndex) -> Tensor:
-    layout = index.layout
-    last = layout.query_offset + layout.queries
-    aligned = layout.key_offset == 0 and (layout.queries == 1 or layout.query_offset == 0)
-    if not (call.fusable and layout.causal and layout.padding is None and aligned):
-        mask = layout.mask()
-        return attend(call, _split(call), call.key, call.value, mask).flatten(1, 2)
-    return functional.scaled_dot_product_attention(
-        call.query,
-        call.key[:, :, :last],
-        call.value[:, :, :last],
-        is_causal=layout.queries > 1,
-        dropout_p=call.dropout,
-        scale=call.scale,
-        enable_gqa=call.groups[1] > 1,
-    )
-
-
-def _window(call: Call, index: KeyIndex) -> Tensor:
-    assert isinstance(index, WindowIndex)
-    query = _split(call)
-
-    def part(rows: slice, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        return attend(call, query[:, :, :, rows], key, value, mask)
-
-    return window_attention(index, call.key, call.value, part).flatten(1, 2)
-
-
-_EXECUTORS: dict[Ran, Callable[[Call, KeyIndex], Tensor]] = {
-    "reference": _reference,
-    "masked": _masked,
-    "dense": _dense,
-    "window": _window,
-}
-
-
-def choose(index: KeyIndex, backend: Backend = "auto") -> Ran:
-    """The executor that will run an index.
-
-    ``auto`` runs the model's own attention where nothing is removed. Else the pattern holds in
-    any case, by whichever computes less: ``window`` when its pairs, masked ones included, are
-    fewer than the Q * K of a dense mask, and for a single query when at least 256 keys go (the
-    break-even measured on a CPU by ``benchmarks/window_attention.py``); otherwise ``masked``.
-
-    Raises
-    ------
-    GossamerError
-        If a named backend cannot run this index; the message says why.
+    Attributes
+    ----------
+    name : of the backend. simulated : it computes every pair and masks; it saves nothing.
     """
-    if backend not in get_args(Backend):
-        raise unknown("attention backend", backend, get_args(Backend))
-    if backend == "reference":
-        return "reference"
-    reason = refusal(index)
-    if backend == "window":
-        if reason is not None:
-            raise GossamerError(f"backend 'window' cannot run here: {reason}; use backend='auto'")
-        return "window"
-    if index.whole:
-        return "dense"
-    if reason is not None:
-        return "masked"
-    assert isinstance(index, WindowIndex)
-    layout = index.layout
-    spare = _GATHER_KEYS if layout.queries == 1 else 1
-    dense = layout.queries * (layout.query_offset + layout.queries - layout.key_offset)
-    return "window" if window_cost(index) + spare <= dense else "masked"
 
+    name: ClassVar[str]
+    simulated: ClassVar[bool] = False
 
-def run(name: Ran, call: Call, index: KeyIndex) -> Tensor:
-    """Run one executor by name: (B, H, Q, E) in the query's dtype."""
-    return _EXECUTORS[name](call, index)
+    @abstractmethod
+    def refusal(self, call: Call | None, index: KeyIndex) -> str | None:
+        """Why it cannot run an index, or None when it can.
 
+        Parameters
+        ----------
+        call : None asks about the index alone, before there is a call.
+        """
 
-def execute(call: Call, index: KeyIndex, backend: Backend = "auto") -> tuple[Tensor, Ran]:
-    """Attention over the kept keys: (B, H, Q, E), and which executor ran."""
-    name = choose(index, backend)
-    return run(name, call, index), name
+    @abstractmethod
+    def worth(self, call: Call | None, index: KeyIndex) -> bool:
+        """Whether it computes less than a dense mask would, by a stated rule."""
+
+    @abstractmethod
+    def run(self, call: Call, index: KeyIndex) -> Tensor:
+        """(B, H, Q, E) in the query's dtype."""

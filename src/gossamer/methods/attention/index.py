@@ -1,8 +1,8 @@
 """Which keys each query reads: the one thing every selector makes and every executor runs.
 
-Two forms. A :class:`WindowIndex` is symbolic, two numbers over a layout. A :class:`BlockIndex`
-is a CSR list of key blocks for every query block, per batch row and key-value head. Blocks of
-1 x 1 are plain token lists.
+A :class:`WindowIndex` is symbolic, two numbers over a layout. A :class:`BlockIndex` is a CSR list
+of key blocks for every query block, per batch row and key-value head, maybe with single columns.
+Blocks of 1 x 1 are plain token lists; a :class:`FullIndex` removes nothing.
 Shapes: B = batch, G = key-value heads (either is 1 where all agree), Q = queries, K = keys.
 """
 
@@ -14,9 +14,13 @@ from torch import Tensor
 
 from gossamer.core import GossamerError
 from gossamer.core.scores.attention import positional_window
-from gossamer.methods.attention.layout import Layout
+from gossamer.methods.attention.layout import MEMO, Layout
 
-__all__ = ["BlockIndex", "KeyIndex", "WindowIndex", "pairs_in_window"]
+__all__ = ["BlockIndex", "FullIndex", "KeyIndex", "WindowIndex", "pairs_in_window"]
+
+
+_ROWS = 256
+"""Queries whose pairs are counted at a time."""
 
 
 class KeyIndex(ABC):
@@ -25,8 +29,8 @@ class KeyIndex(ABC):
     layout: Layout
 
     @abstractmethod
-    def mask(self) -> Tensor:
-        """As bool (B, G, Q, K): the definition. Costs Q * K."""
+    def mask(self, rows: slice | None = None) -> Tensor:
+        """As bool (B, G, Q, K), or of some queries (B, G, q, K): the definition. Costs q * K."""
 
     @property
     def whole(self) -> bool:
@@ -35,12 +39,28 @@ class KeyIndex(ABC):
 
     def pairs(self) -> tuple[int, int]:
         """Pairs kept, and pairs the model itself lets through, over all rows and heads alike."""
-        kept, own = self.mask(), self.layout.mask()
-        rows, heads = max(len(kept), len(own)), kept.shape[1]
-        return (
-            int(kept.sum()) * (rows // len(kept)),
-            int(own.sum()) * (rows // len(own)) * heads,
-        )
+        kept = own = heads = 0
+        for start in range(0, self.layout.queries, _ROWS):
+            rows = slice(start, min(start + _ROWS, self.layout.queries))
+            part, seen = self.mask(rows), self.layout.mask(rows)
+            batch, heads = max(len(part), len(seen)), part.shape[1]
+            kept += int(part.sum()) * (batch // len(part))
+            own += int(seen.sum()) * (batch // len(seen))
+        return kept, own * heads
+
+
+@dataclass(frozen=True, eq=False)
+class FullIndex(KeyIndex):
+    """Every pair the model itself lets through."""
+
+    layout: Layout
+
+    def mask(self, rows: slice | None = None) -> Tensor:
+        return self.layout.mask(rows)
+
+    @property
+    def whole(self) -> bool:
+        return True
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,16 +88,20 @@ class WindowIndex(KeyIndex):
         inside = ((at - of) < self.recent) | (of < self.sink)
         return layout.sees(query, key) & (at >= 0) & (of >= 0) & inside
 
-    def mask(self) -> Tensor:
+    def mask(self, rows: slice | None = None) -> Tensor:
         name = ("window", self.sink, self.recent)
         memo = self.layout.memo
-        if name not in memo:
+        if rows is not None or name not in memo:
             layout = self.layout
             query, key = layout.query_index, layout.key_index
+            query = query if rows is None else query[rows]
             at, of = layout.position[:, query], layout.position[:, key]
             inside = positional_window(at, of, self.sink, self.recent)
             ahead = (of[:, None, :] > at[:, :, None]) & (at[:, :, None] >= 0)
-            memo[name] = layout.mask() & (inside | ahead)[:, None]
+            mask = layout.mask(rows) & (inside | ahead)[:, None]
+            if rows is not None or mask.numel() > MEMO:
+                return mask
+            memo[name] = mask
         return memo[name]
 
 
@@ -86,19 +110,23 @@ class BlockIndex(KeyIndex):
     """Key blocks to read for every query block, in CSR per batch row and key-value head.
 
     Inside a listed block the model's own mask still applies, so a block on the diagonal is
-    read in part. ``indptr`` and ``indices`` are what block-sparse kernels take.
+    read in part. ``indptr`` and ``indices`` are what block-sparse kernels take. Beside the blocks,
+    single columns may be read by every query; a pair that a block and a column both name is one.
 
     Parameters
     ----------
     block : (h, w), queries and keys of a block; blocks start at the call's first query and key.
     indptr : int64, (B, G, ceil(Q / h) + 1), offsets into ``indices``, running over all rows.
     indices : int64, key blocks, ascending within a query block.
+    columns : int64, (B, G, C), key places counted from the call's first key, ascending, then -1;
+        or None.
     """
 
     layout: Layout
     block: tuple[int, int]
     indptr: Tensor
     indices: Tensor
+    columns: Tensor | None = None
 
     def __post_init__(self) -> None:
         rows = -(-self.layout.queries // self.block[0])
@@ -108,8 +136,15 @@ class BlockIndex(KeyIndex):
                 f"indptr of {rows} query blocks is (batch, heads, {rows + 1}); "
                 f"got {tuple(self.indptr.shape)}"
             )
+        if self.columns is not None and self.columns.shape[:2] != self.indptr.shape[:2]:
+            raise GossamerError(
+                f"columns of shape {tuple(self.columns.shape)} do not fit block lists of "
+                f"{tuple(self.indptr.shape[:2])} rows and heads"
+            )
+        # On a GPU the question would wait for the device at every call.
         if (
-            len(self.indices)
+            self.indices.device.type == "cpu"
+            and len(self.indices)
             and not 0 <= int(self.indices.min()) <= int(self.indices.max()) < columns
         ):
             raise GossamerError(
@@ -117,13 +152,15 @@ class BlockIndex(KeyIndex):
             )
 
     @classmethod
-    def from_blocks(cls, layout: Layout, kept: Tensor, block: tuple[int, int]) -> "BlockIndex":
+    def from_blocks(
+        cls, layout: Layout, kept: Tensor, block: tuple[int, int], columns: Tensor | None = None
+    ) -> "BlockIndex":
         """From a bool map (B, G, query blocks, key blocks), True where the block is read."""
         counts = kept.sum(-1)
         ends = counts.flatten().cumsum(0)
         starts = torch.cat([ends.new_zeros(1), ends[:-1]]).view(counts.shape)
         indptr = torch.cat([starts, ends.view(counts.shape)[..., -1:]], dim=-1)
-        return cls(layout, block, indptr, kept.nonzero()[:, -1])
+        return cls(layout, block, indptr, kept.nonzero()[:, -1], columns)
 
     @classmethod
     def from_index(cls, index: KeyIndex, block: tuple[int, int]) -> "BlockIndex":
@@ -144,10 +181,58 @@ class BlockIndex(KeyIndex):
         flat[torch.repeat_interleave(at, counts.flatten()), self.indices] = True
         return flat.view(*counts.shape, columns)
 
-    def mask(self) -> Tensor:
-        spread = self.blocks().repeat_interleave(self.block[0], 2)[:, :, : self.layout.queries]
-        spread = spread.repeat_interleave(self.block[1], 3)[..., : self.layout.keys]
-        return spread & self.layout.mask()
+    def mask(self, rows: slice | None = None) -> Tensor:
+        layout = self.layout
+        at = torch.arange(layout.queries, device=layout.device)
+        at = at if rows is None else at[rows]
+        spread = self.blocks()[:, :, at // self.block[0]]
+        spread = spread.repeat_interleave(self.block[1], 3)[..., : layout.keys]
+        if self.columns is not None:
+            named = torch.zeros(
+                *self.columns.shape[:2], layout.keys + 1, dtype=torch.bool, device=spread.device
+            )
+            # Places of -1 fall on one more key, which is cut off.
+            named.scatter_(2, self.columns % (layout.keys + 1), True)
+            spread = spread | named[:, :, None, :-1]
+        return spread & layout.mask(rows)
+
+    def pairs(self) -> tuple[int, int]:
+        if not self.layout.plain:
+            return super().pairs()
+        return self._plain_pairs()
+
+    def _plain_pairs(self) -> tuple[int, int]:
+        """:meth:`pairs` under causality alone, block by block instead of pair by pair."""
+        layout, (high, wide) = self.layout, self.block
+        listed = self.blocks()
+        row = torch.arange(listed.shape[2], device=listed.device)
+        column = torch.arange(listed.shape[3], device=listed.device)
+        first = layout.query_offset - layout.key_offset + row * high
+        size = (layout.queries - row * high).clamp_max(high)
+        width = (layout.keys - column * wide).clamp_max(wide)
+        reach = first[:, None] - column * wide
+        # The j-th query of a block reads min(reach + 1 + j, width) keys of it, if any.
+        held = _ramp(reach + size[:, None], width) - _ramp(reach, width)
+        kept = int((listed * held).sum())
+        if self.columns is not None:
+            there = self.columns >= 0
+            place = self.columns.clamp_min(0)
+            later = (first + size - torch.maximum(first, place[..., None])).clamp_min(0)
+            later = later.clamp_max(size)
+            covered = listed.gather(
+                3, (place // wide)[:, :, None].expand(-1, -1, len(row), -1)
+            ).transpose(2, 3)
+            kept += int((later * ~covered * there[..., None]).sum())
+        whole = torch.arange(layout.queries, device=listed.device)
+        own = (whole + first[0] + 1).clamp(0, layout.keys).sum()
+        return kept, int(own) * len(listed) * listed.shape[1]
+
+
+def _ramp(count: Tensor, width: Tensor) -> Tensor:
+    """Sum of min(i, width) for i = 1 .. count; 0 for counts below 1."""
+    count = count.clamp_min(0)
+    inside = torch.minimum(count, width)
+    return inside * (inside + 1) // 2 + (count - inside) * width
 
 
 def pairs_in_window(length: int, sink: int, recent: int, own: int | None = None) -> tuple[int, int]:

@@ -11,12 +11,21 @@ Absolute index: place in the padded sequence. Logical position: place among a ro
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-__all__ = ["Layout"]
+__all__ = ["MEMO", "PHASES", "Layout", "Phase"]
+
+MEMO = 1 << 26
+"""Elements of a mask that may be held at once; larger ones are made in parts."""
+
+VERIFIED = 16
+"""New tokens up to which a call over a cache is decoding: assisted decoding verifies a few."""
+
+Phase = Literal["prefill", "decode"]
+PHASES: frozenset[Phase] = frozenset({"prefill", "decode"})
 
 Rule = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -65,6 +74,16 @@ class Layout:
     def known(self) -> int:
         """N: one more than the largest absolute index in the call."""
         return max(self.query_offset + self.queries, self.key_offset + self.keys)
+
+    @property
+    def end(self) -> int:
+        """One more than the last query's absolute index: a static cache is empty from there on."""
+        return self.query_offset + self.queries
+
+    @property
+    def phase(self) -> Phase:
+        """``decode`` for one new token over a cache, or a few to verify, else ``prefill``."""
+        return "decode" if self.query_offset > 0 and self.queries <= VERIFIED else "prefill"
 
     @cached_property
     def query_index(self) -> Tensor:
@@ -131,13 +150,28 @@ class Layout:
             seen = seen & self.padding[batch, key]
         return seen
 
-    def mask(self) -> Tensor:
-        """The model's own mask, bool (B, 1, Q, K). Costs Q * K: for short calls and tests."""
-        if "mask" not in self.memo:
-            query, key = self.query_index.view(1, 1, -1, 1), self.key_index.view(1, 1, 1, -1)
-            seen = self.sees(query, key)
-            self.memo["mask"] = seen.expand(len(seen), 1, self.queries, self.keys)
-        return self.memo["mask"]
+    def mask(self, rows: slice | None = None) -> Tensor:
+        """The model's own mask, bool (B, 1, Q, K), or of some queries (B, 1, q, K).
+
+        Costs q * K; the whole one is kept for the other layers while it is small.
+        """
+        if rows is not None:
+            return self._mask(self.query_index[rows])
+        if "mask" in self.memo:
+            return self.memo["mask"]
+        mask = self._mask(self.query_index)
+        if mask.numel() <= MEMO:
+            self.memo["mask"] = mask
+        return mask
+
+    def _mask(self, query: Tensor) -> Tensor:
+        seen = self.sees(query.view(1, 1, -1, 1), self.key_index.view(1, 1, 1, -1))
+        return seen.expand(len(seen), 1, len(query), self.keys)
+
+    @property
+    def plain(self) -> bool:
+        """Causality is the whole rule: no padding, no window of the model, nothing packed."""
+        return self.causal and self.regular and self.padding is None
 
     def to(self, device: torch.device | str, **_: object) -> "Layout":
         """The same geometry for tensors on another device."""

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from gossamer.core import Card, GossamerError
 from gossamer.core.pattern import Window
-from gossamer.methods.attention.applied import Selector
 from gossamer.methods.attention.base import AttentionMethod
-from gossamer.methods.attention.executor import Backend, Call, choose
+from gossamer.methods.attention.executor import Call
+from gossamer.methods.attention.executors import choose
 from gossamer.methods.attention.index import WindowIndex, pairs_in_window
 from gossamer.methods.attention.layout import Layout
+from gossamer.methods.attention.selector import Selector
 from gossamer.models import State
 
 __all__ = ["StreamingLLM"]
@@ -38,7 +39,7 @@ class WindowSelector(Selector):
     def pairs(self, length: int, layer: int, own: int | None) -> tuple[int, int]:
         return pairs_in_window(length, self.sink, self.recent, own)
 
-    def simulated(self, backend: Backend, length: int) -> bool:
+    def simulated(self, backend: str, length: int) -> bool:
         index = WindowIndex(Layout(1, length, length), self.sink, self.recent)
         return choose(index, backend) in ("masked", "reference")
 
