@@ -2,7 +2,8 @@
 
 Encoding is a matrix product and a selection rule, decoding a sum of few atoms. On disk it is
 SAELens' layout, ``cfg.json`` and ``sae_weights.safetensors``, so other tools read it.
-Shapes: R = rows, D = input width (d_in), M = latents (d_sae).
+Shapes: R = rows, D = input width (d_in), D_out = width of what is reconstructed (d_out; D unless
+said otherwise), M = latents (d_sae).
 """
 
 import json
@@ -16,13 +17,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from gossamer.core import GossamerError, SparseRows
-from gossamer.methods.features.rules import Codes, Rule, combine, rule_from_config
+from gossamer.kernels.sparse_code import encode_at
+from gossamer.methods.features.rules import Batch, Codes, Rule, combine, rule_from_config
 from gossamer.models.store import atomic_folder, write_json
 
 __all__ = ["Dictionary"]
 
 _CONFIG, _WEIGHTS = "cfg.json", "sae_weights.safetensors"
 _PLAIN = {"normalize_activations": "none", "reshape_activations": "none"}
+
+
+def _training_only(name: str) -> bool:
+    """Whether a tensor of the rule is what training keeps for itself."""
+    return name.rpartition(".")[2].startswith("running_")
 
 
 class Dictionary(nn.Module):
@@ -32,15 +39,27 @@ class Dictionary(nn.Module):
     ----------
     d_in, d_sae : D and M.
     rule : which latents of a row stay.
+    d_out : D_out, for a transcoder, which answers rows with other rows; ``b_dec`` is then not
+        subtracted from what it reads. None: an autoencoder.
+    skip : with ``d_out``, add a linear map of the rows to the answer.
     metadata : JSON-able facts about how it was made; travels with the files.
 
     Attributes
     ----------
-    W_enc : (D, M). W_dec : (M, D), one atom per row, contiguous. b_enc : (M,). b_dec : (D,).
+    W_enc : (D, M), a latent's weights contiguous. W_dec : (M, D_out), one atom per row,
+    contiguous. b_enc : (M,); fixed at zero where the rule has no use for it. b_dec : (D_out,).
+    W_skip : (D, D_out) or None.
     """
 
     def __init__(
-        self, d_in: int, d_sae: int, rule: Rule, metadata: Mapping[str, Any] | None = None
+        self,
+        d_in: int,
+        d_sae: int,
+        rule: Rule,
+        metadata: Mapping[str, Any] | None = None,
+        *,
+        d_out: int | None = None,
+        skip: bool = False,
     ) -> None:
         super().__init__()
         if d_in < 1 or d_sae < (rule.budget or 1):
@@ -48,25 +67,41 @@ class Dictionary(nn.Module):
                 f"a dictionary of {d_sae} latents over {d_in} channels cannot keep "
                 f"k = {rule.budget}; raise the width or lower k"
             )
-        self.W_enc = nn.Parameter(torch.zeros(d_in, d_sae))
-        self.b_enc = nn.Parameter(torch.zeros(d_sae))
-        self.W_dec = nn.Parameter(torch.zeros(d_sae, d_in))
-        self.b_dec = nn.Parameter(torch.zeros(d_in))
+        self.transcoder = d_out is not None
+        wide = d_in if d_out is None else d_out
+        # In memory a latent's weights lie together: its gradient comes as one piece.
+        self.W_enc = nn.Parameter(torch.zeros(d_sae, d_in).T)
+        self.b_enc = nn.Parameter(torch.zeros(d_sae), requires_grad=rule.encoder_bias)
+        self.W_dec = nn.Parameter(torch.zeros(d_sae, wide))
+        self.b_dec = nn.Parameter(torch.zeros(wide))
+        self.W_skip = nn.Parameter(torch.zeros(d_in, wide)) if self.transcoder and skip else None
         self.rule = rule
         self.metadata: dict[str, Any] = dict(metadata or {})
 
     @classmethod
-    def random(cls, d_in: int, d_sae: int, rule: Rule, *, seed: int, tied: bool = True) -> Self:
+    def random(
+        cls,
+        d_in: int,
+        d_sae: int,
+        rule: Rule,
+        *,
+        seed: int,
+        tied: bool = True,
+        d_out: int | None = None,
+        skip: bool = False,
+    ) -> Self:
         """Atoms of random direction and norm 1.
 
         Parameters
         ----------
         tied : start the encoder as the transposed atoms, which keeps latents alive; otherwise
-            as independent random directions.
+            as independent random directions. The atoms of a transcoder live elsewhere: its
+            encoder is always independent of them.
         """
-        made = cls(d_in, d_sae, rule)
+        made = cls(d_in, d_sae, rule, d_out=d_out, skip=skip)
         generator = torch.Generator().manual_seed(seed)
-        atoms = torch.randn(d_sae, d_in, generator=generator)
+        atoms = torch.randn(d_sae, made.d_out, generator=generator)
+        tied = tied and not made.transcoder
         other = atoms if tied else torch.randn(d_sae, d_in, generator=generator)
         with torch.no_grad():
             made.W_dec.copy_(nn.functional.normalize(atoms, dim=1))
@@ -76,6 +111,11 @@ class Dictionary(nn.Module):
     @property
     def d_in(self) -> int:
         """Input width D."""
+        return self.W_enc.shape[0]
+
+    @property
+    def d_out(self) -> int:
+        """Width D_out of the reconstruction."""
         return self.W_dec.shape[1]
 
     @property
@@ -86,12 +126,39 @@ class Dictionary(nn.Module):
     # -- codes -----------------------------------------------------------------------------
 
     def pre_activations(self, rows: Tensor) -> Tensor:
-        """(R, D) to (R, M): (x - b_dec) W_enc + b_enc."""
-        return torch.addmm(self.b_enc, rows - self.b_dec, self.W_enc)
+        """(R, D) to (R, M): (x - b_dec) W_enc + b_enc; a transcoder subtracts nothing."""
+        return torch.addmm(self.b_enc, self._centred(rows), self.W_enc)
 
-    def codes(self, rows: Tensor) -> Codes:
+    def _centred(self, rows: Tensor) -> Tensor:
+        return rows if self.transcoder else rows - self.b_dec
+
+    def encoded(self, rows: Tensor, gradient: Tensor | None = None) -> tuple[Tensor, Batch]:
+        """Pre-activations (R, M) and what a rule may look at beside them.
+
+        Parameters
+        ----------
+        gradient : (R, D_out), of the model's loss by the rows, for rules that rank by it.
+        """
+        if not self.rule.gathers:
+            return self.pre_activations(rows), Batch(rows, self.W_dec, self.b_dec, gradient)
+        with torch.no_grad():
+            read = self._centred(rows)
+            pre = torch.addmm(self.b_enc, read, self.W_enc)
+        offset = None if self.transcoder else self.b_dec
+
+        def at(indices: Tensor) -> Tensor:
+            return encode_at(read, self.W_enc, self.b_enc, pre, indices, offset)
+
+        return pre, Batch(rows, self.W_dec, self.b_dec, gradient, at)
+
+    def codes(self, rows: Tensor, gradient: Tensor | None = None) -> Codes:
         """Codes of (R, D) rows in the form that training differentiates."""
-        return self.rule(self.pre_activations(rows))
+        return self.rule(*self.encoded(rows, gradient))
+
+    def reconstruct(self, codes: Codes, rows: Tensor) -> Tensor:
+        """(R, D_out): sum of the named atoms, b_dec, and the skip of the rows if there is one."""
+        plain = combine(codes, self.W_dec) + self.b_dec
+        return plain if self.W_skip is None else plain + rows @ self.W_skip
 
     def encode(self, x: Tensor) -> SparseRows:
         """Codes of activations.
@@ -112,59 +179,90 @@ class Dictionary(nn.Module):
         codes = self.codes(self._rows(x))
         return SparseRows(codes.values, codes.indices, (len(codes.values), self.d_sae))
 
-    def decode(self, codes: SparseRows) -> Tensor:
-        """Reconstruction (R, D) of codes, padded or CSR."""
+    def decode(self, codes: SparseRows, x: Tensor | None = None) -> Tensor:
+        """Reconstruction (R, D_out) of codes, padded or CSR.
+
+        Parameters
+        ----------
+        x : the rows that the codes stand for; a transcoder with a skip needs them.
+        """
         if codes.shape[1] != self.d_sae:
             raise GossamerError(
                 f"codes name {codes.shape[1]} latents; this dictionary has {self.d_sae}"
             )
+        if self.W_skip is not None and x is None:
+            raise GossamerError("this dictionary adds a skip of its input; give decode the rows x")
         padded = codes.to_padded()
-        return combine(Codes(padded.values, padded.indices), self.W_dec) + self.b_dec
+        rows = self.b_dec.new_empty(0) if x is None else self._rows(x)
+        return self.reconstruct(Codes(padded.values, padded.indices), rows)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Reconstruction of (..., D) in the shape and dtype of the input."""
-        rows = combine(self.codes(self._rows(x)), self.W_dec) + self.b_dec
-        return rows.view(x.shape).to(x.dtype)
+        """Reconstruction of (..., D) as (..., D_out), in the dtype of the input."""
+        rows = self._rows(x)
+        made = self.reconstruct(self.codes(rows), rows)
+        return made.view(*x.shape[:-1], self.d_out).to(x.dtype)
 
     def _rows(self, x: Tensor) -> Tensor:
         if x.shape[-1] != self.d_in:
             raise GossamerError(
                 f"this dictionary reads {self.d_in} channels; the activations have {x.shape[-1]}"
             )
-        return x.reshape(-1, self.d_in).to(self.W_enc.dtype)
+        rows = x.reshape(-1, self.d_in).to(self.W_enc.dtype)
+        if bool(rows.sum().isnan()) and (bad := int(rows.isnan().any(1).sum())):
+            raise GossamerError(
+                f"{bad} of {len(rows)} rows of activations hold NaN; load the model in float32"
+            )
+        return rows
 
     # -- scale -----------------------------------------------------------------------------
 
     @torch.no_grad()
-    def fold_input_scale(self, scale: float) -> None:
+    def fold_input_scale(self, scale: float, output_scale: float | None = None) -> None:
         """Make a dictionary trained on ``scale * x`` read x itself.
 
-        The biases are divided by the scale; atoms keep their norm, and codes come out in the
-        units of x: z(x) = z_trained(scale * x) / scale. Reconstructions agree after scaling.
+        The biases and the rule's thresholds are divided by the scale; atoms keep their norm, and
+        codes come out in the units of x: z(x) = z_trained(scale * x) / scale. Reconstructions
+        agree after scaling.
+
+        Parameters
+        ----------
+        output_scale : of what a transcoder reconstructs, if it is another one: the atoms, which
+            answer in those units, are scaled.
         """
+        other = scale if output_scale is None else output_scale
         self.b_enc.div_(scale)
-        self.b_dec.div_(scale)
+        self.b_dec.div_(other)
+        self.rule.fold_input_scale(scale)
+        if other != scale:
+            self.W_dec.mul_(scale / other)
+            if self.W_skip is not None:
+                self.W_skip.mul_(scale / other)
 
     # -- files -----------------------------------------------------------------------------
 
     def config(self) -> dict[str, Any]:
-        """The content of ``cfg.json``."""
+        """The content of ``cfg.json``; a rule in which a batch competed is stored as thresholds."""
+        rule = self.rule.inference(self.d_sae)
         return {
-            "architecture": self.rule.architecture,
+            "architecture": rule.architecture,
             "d_in": self.d_in,
             "d_sae": self.d_sae,
             "dtype": str(self.W_dec.dtype).removeprefix("torch."),
             "device": "cpu",
-            "apply_b_dec_to_input": True,
+            "apply_b_dec_to_input": not self.transcoder,
+            **({"d_out": self.d_out, "skip": self.W_skip is not None} if self.transcoder else {}),
             **_PLAIN,
-            **self.rule.config(),
+            **rule.config(),
             "metadata": self.metadata,
         }
 
     def tensors(self) -> dict[str, Tensor]:
         """Weights by their names in the file; those of the rule stand beside the dictionary's."""
-        state = self.state_dict()
-        return {name.removeprefix("rule."): value for name, value in state.items()}
+        own = {n: value for n, value in self.state_dict().items() if not n.startswith("rule.")}
+        if not self.rule.encoder_bias:
+            del own["b_enc"]
+        kept = self.rule.inference(self.d_sae).state_dict()
+        return own | {n: value for n, value in kept.items() if not _training_only(n)}
 
     @classmethod
     def from_tensors(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
@@ -181,13 +279,18 @@ class Dictionary(nn.Module):
                     f"{key} is {config[key]!r}; only {plain!r} is supported: fold it into the "
                     "weights first"
                 )
-        if not config.get("apply_b_dec_to_input", True):
+        wide = config.get("d_out")
+        if wide is None and not config.get("apply_b_dec_to_input", True):
             raise GossamerError("apply_b_dec_to_input is false; only true is supported")
-        made = cls(config["d_in"], config["d_sae"], rule_from_config(dict(config)))
+        rule, skip = rule_from_config(dict(config)), bool(config.get("skip"))
+        made = cls(config["d_in"], config["d_sae"], rule, d_out=wide, skip=skip)
         made.metadata = dict(config.get("metadata") or {})
-        names = {n.removeprefix("rule."): n for n in made.state_dict()}
+        state = made.state_dict()
+        names = {n.removeprefix("rule."): n for n in state if not _training_only(n)}
         given = {names.get(name, name): tensor for name, tensor in tensors.items()}
-        shapes = {name: tensor.shape for name, tensor in made.state_dict().items()}
+        if not rule.encoder_bias:
+            given.setdefault("b_enc", torch.zeros(made.d_sae))
+        shapes = {name: state[name].shape for name in names.values()}
         wrong = [n for n, shape in shapes.items() if n not in given or given[n].shape != shape]
         extra = sorted(set(given) - set(shapes))
         if wrong or extra:
@@ -196,7 +299,7 @@ class Dictionary(nn.Module):
                 f"{made.d_in} x {made.d_sae}: {', '.join(wrong + extra)} missing, unknown or of "
                 "another shape"
             )
-        made.to(given["W_dec"].dtype).load_state_dict(given)
+        made.to(given["W_dec"].dtype).load_state_dict(given, strict=False)
         if config.get("rescale_acts_by_decoder_norm"):
             made._fold_norms()
         return made
