@@ -121,7 +121,8 @@ class SparseAttention(Applied):
             hidden=hidden,
         )
         out = self._attend(call, layout, layer)
-        if self.selector.stateful:
+        # Measuring compares with all keys, so the cache keeps them meanwhile.
+        if self.selector.stateful and self._tally is None:
             self.selector.after(call, layout, layer)
         return out.transpose(1, 2).contiguous(), None
 
@@ -145,7 +146,7 @@ class SparseAttention(Applied):
         """Whether phase or guards leave a call its full attention."""
         sparse = layout.phase in self.method.phases
         guarded = layer < self.method.dense_layers or layout.end < self.method.min_length
-        if sparse and not guarded:
+        if (sparse and not guarded) or self.selector.owns(call, layer):
             return False
         self.guarded += sparse
         self._observe(call, layout, layer)

@@ -41,6 +41,10 @@ class Selector(ABC):
     def after(self, call: Call, layout: Layout, layer: int) -> None:  # noqa: B027
         """See a call, full or not, once its attention is done: the place to shrink its cache."""
 
+    def owns(self, call: Call, layer: int) -> bool:
+        """Whether only the selector can run a call, whatever its phase: its cache gave up keys."""
+        return False
+
     def pairs(self, length: int, layer: int, own: int | None) -> tuple[int, int] | None:
         """Pairs kept, and pairs the layer itself reads, for one sequence of a length.
 
