@@ -5,15 +5,16 @@ them, users copy them. The cache's layer is given a subclass of its own class th
 operations on; :meth:`forget` gives it its class back.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, cast
+from typing import Any
 from weakref import WeakSet
 
 import torch
 from torch import Tensor
 
-__all__ = ["LayerState", "Memory"]
+__all__ = ["LayerState", "Memory", "watched"]
 
 
 @dataclass(eq=False)
@@ -48,38 +49,40 @@ class LayerState:
             self.tensors[name] = tensor.repeat_interleave(times, dim=0)
 
 
-class _Watched:
-    """Passes what happens to a cache layer on to its state."""
+_FOLLOWS: dict[str, Callable[[LayerState, Any], None]] = {
+    "reorder_cache": lambda state, rows: state.reorder(rows),
+    "batch_repeat_interleave": lambda state, times: state.repeat(times),
+    "batch_select_indices": lambda state, rows: state.reorder(_numbers(rows)),
+    "crop": lambda state, _: state.clear(),
+    "reset": lambda state, _: state.clear(),
+}
+"""What a state does when its cache layer is told to."""
 
-    gossamer_state: LayerState
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        cast(Any, super()).reorder_cache(beam_idx)
-        self.gossamer_state.reorder(beam_idx)
+def _numbers(rows: Tensor) -> Tensor:
+    return rows.nonzero()[:, 0] if rows.dtype == torch.bool else rows
 
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        cast(Any, super()).batch_repeat_interleave(repeats)
-        self.gossamer_state.repeat(repeats)
 
-    def batch_select_indices(self, indices: Tensor) -> None:
-        cast(Any, super()).batch_select_indices(indices)
-        if indices.dtype == torch.bool:
-            indices = indices.nonzero()[:, 0]
-        self.gossamer_state.reorder(indices)
+def _followed(kind: type, name: str) -> Callable[..., None]:
+    own, follow = getattr(kind, name), _FOLLOWS[name]
 
-    def crop(self, tokens_to_remove: int) -> None:
-        cast(Any, super()).crop(tokens_to_remove)
-        self.gossamer_state.clear()
+    def method(self: Any, *args: Any, **options: Any) -> None:
+        own(self, *args, **options)
+        follow(self.gossamer_state, next(iter([*args, *options.values()]), None))
 
-    def reset(self) -> None:
-        cast(Any, super()).reset()
-        self.gossamer_state.clear()
+    return method
 
 
 @cache
-def _watched(kind: type) -> type:
+def watched(kind: type) -> type:
+    """A subclass that looks like its base and passes on what happens to it.
+
+    It has one base and adds no attributes: an object can only take on a class of its own layout.
+    """
+    names = [name for name in _FOLLOWS if hasattr(kind, name)]
     # A layer type that transformers registers by its subclasses must not be registered again.
-    return type(kind.__name__, (_Watched, kind), {"_layer_type": None})
+    inside = {"_layer_type": None, "gossamer_base": kind}
+    return type(kind.__name__, (kind,), {**inside, **{n: _followed(kind, n) for n in names}})
 
 
 class Memory:
@@ -94,18 +97,18 @@ class Memory:
         if layer >= len(layers):
             return LayerState()
         held = layers[layer]
-        if not isinstance(held, _Watched):
-            held.__class__ = _watched(type(held))
-            cast(Any, held).gossamer_state = LayerState()
+        if "gossamer_state" not in vars(held):
+            held.__class__ = watched(type(held))
+            held.gossamer_state = LayerState()
         if held not in self._layers:
             # A copied cache brings its state along.
             self._layers.add(held)
-        return cast(Any, held).gossamer_state
+        return held.gossamer_state
 
     def forget(self) -> None:
         """Give every layer its own class back."""
         for held in list(self._layers):
-            if isinstance(held, _Watched):
-                held.__class__ = type(held).__mro__[2]
+            if "gossamer_state" in vars(held):
+                held.__class__ = type(held).gossamer_base
                 del held.gossamer_state
         self._layers.clear()

@@ -72,7 +72,10 @@ class OracleTopP(AttentionMethod):
     )
     full: ClassVar = {"gamma": 1.0}
     example: ClassVar = {"gamma": 0.6}
-    exempt: ClassVar = {"encoders": "the family works on causal decoders"}
+    exempt: ClassVar = {
+        "dense at sparsity 0": "it has no sparsity",
+        "encoders": "the family works on causal decoders",
+    }
 
     gamma: float = 0.9
     block_size: int = 1

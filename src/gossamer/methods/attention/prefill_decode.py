@@ -103,7 +103,15 @@ class PrefillDecode(AttentionMethod):
         departs="no paper: a combination",
     )
     selects: ClassVar = False
-    exempt: ClassVar = {"encoders": "the family works on causal decoders"}
+    full: ClassVar = {
+        "prefill": "streaming_llm:sparsity=0",
+        "decode": "streaming_llm:sparsity=0",
+    }
+    example: ClassVar = {"prefill": "oracle_top_k", "decode": "streaming_llm:recent=4:sink=1"}
+    exempt: ClassVar = {
+        "dense at sparsity 0": "it has no sparsity",
+        "encoders": "the family works on causal decoders",
+    }
 
     prefill: Any = None
     decode: Any = None

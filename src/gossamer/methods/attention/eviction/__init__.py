@@ -1,0 +1,1 @@
+"""Cache layers that hold less: fewer keys, or keys in fewer bits."""

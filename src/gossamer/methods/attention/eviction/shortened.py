@@ -1,0 +1,253 @@
+"""A cache layer that gave up some of its keys for good, each head its own.
+
+The layer keeps saying how long the sequence is, so positions, masks and ``generate`` go on as
+before; only its tensors are shorter. What :meth:`Shortened.update` returns are plain tensors, the
+kept keys of a head followed by the new ones, without a word on where they stood: attention must be
+told which of them are padding (:class:`PackedIndex`). After the method that shortened it was
+restored nobody could tell, so it refuses then.
+Shapes: B = sequences, G = key-value heads, D, E = widths of keys and values, M = most kept keys
+of a head, N = kept keys in all, T = tokens that came later, Q = queries.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicLayer
+
+from gossamer.core import GossamerError
+from gossamer.methods.attention.eviction.ragged import Ragged, from_right
+from gossamer.methods.attention.index import KeyIndex
+from gossamer.methods.attention.layout import Layout
+from gossamer.methods.attention.memory import watched
+
+__all__ = ["PackedIndex", "Shortened", "held_bytes", "shorten", "why_not"]
+
+
+def why_not(layer: Any) -> str | None:
+    """Why a cache layer cannot be shortened, or None when it can."""
+    if isinstance(layer, Shortened):
+        return "it is shortened already"
+    if getattr(layer, "is_sliding", False):
+        return "it holds a sliding window only"
+    names = [c.__name__ for c in type(layer).__mro__]
+    plain = {"DynamicLayer", "CacheLayerMixin", "ABC", "object"}
+    if "DynamicLayer" not in names or not plain.issuperset(names):
+        return f"a {type(layer).__name__} keeps its own form of the keys"
+    return None
+
+
+def shorten(layer: Any, kept: Tensor) -> None:
+    """Make a cache layer hold some of its keys only.
+
+    The object stays the same and what others hung on it stays too; only its class and its
+    tensors change.
+
+    Parameters
+    ----------
+    layer : a ``DynamicLayer`` of transformers. kept : bool, (B, G, K); K up to the layer's length;
+        keys beyond are all kept.
+
+    Raises
+    ------
+    GossamerError
+        If the layer cannot give up keys.
+    """
+    reason = why_not(layer)
+    if reason is not None:
+        raise GossamerError(f"this cache layer cannot be shortened: {reason}")
+    keys, values, length = layer.keys, layer.values, kept.shape[2]
+    assert kept.shape[:2] == keys.shape[:2]
+    assert length <= keys.shape[2]
+    _become(layer, Shortened)
+    layer.kept_keys = Ragged.gather(keys[:, :, :length], kept)
+    layer.kept_values = Ragged.gather(values[:, :, :length], kept)
+    # At 4 bytes a key; attention does not read them, a user who asks what stayed does.
+    layer.places = Ragged(kept.nonzero()[:, 2:].int(), layer.kept_keys.counts)
+    layer.removed = length
+    # Cloned, because a slice would hold the whole of the old tensors.
+    layer.keys, layer.values = keys[:, :, length:].clone(), values[:, :, length:].clone()
+
+
+class Shortened(DynamicLayer):
+    """A dynamic layer whose first ``removed`` keys are held in part.
+
+    Attributes
+    ----------
+    kept_keys, kept_values : what is left of them. places : where those stood, 0 .. removed - 1.
+    removed : tokens of which only some are held. keys, values : (B, G, T, D or E), all later ones.
+    """
+
+    kept_keys: Ragged
+    kept_values: Ragged
+    places: Ragged
+    removed: int
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append, and return what is held: (B, G, M + T, D or E), each head's keys at the end."""
+        if "gossamer_state" not in vars(self):
+            raise GossamerError(
+                f"this cache holds {self.kept_keys.most} of its first {self.removed} keys and the "
+                "method that took the others was restored; start with a new cache"
+            )
+        super().update(key_states, value_states, *args, **kwargs)
+        return _joined(self.kept_keys, self.keys), _joined(self.kept_values, self.values)
+
+    def get_seq_length(self) -> int:
+        """Tokens the sequence has, those no longer held included."""
+        return self.removed + self.keys.shape[-2] if self.is_initialized else 0
+
+    @property
+    def counts(self) -> Tensor:
+        """(B, G) keys held of each head."""
+        return self.kept_keys.counts + self.keys.shape[2]
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the latest tokens.
+
+        Raises
+        ------
+        GossamerError
+            If they reach back to where keys are missing.
+        """
+        later = self.keys.shape[2] if self.is_initialized else 0
+        if abs(tokens_to_remove) > later:
+            raise GossamerError(
+                f"cannot take back {abs(tokens_to_remove)} tokens: all but the latest {later} keys "
+                "of this cache were evicted; start with a new cache"
+            )
+        super().crop(tokens_to_remove)
+
+    def reset(self) -> None:
+        """Hold nothing, as an ordinary layer."""
+        super().reset()
+        for name in ("kept_keys", "kept_values", "places", "removed"):
+            self.__dict__.pop(name, None)
+        _become(self, DynamicLayer)
+
+    def _rows(self, chosen: Tensor) -> None:
+        for name in ("kept_keys", "kept_values", "places"):
+            setattr(self, name, getattr(self, name).rows(chosen))
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row i becomes what row ``beam_idx[i]`` was."""
+        self._rows(beam_idx)
+        self.keys = self.keys.index_select(0, beam_idx.to(self.keys.device))
+        self.values = self.values.index_select(0, beam_idx.to(self.values.device))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every row ``repeats`` times in a row."""
+        rows = torch.arange(len(self.keys), device=self.keys.device)
+        self._rows(rows.repeat_interleave(repeats))
+        self.keys = self.keys.repeat_interleave(repeats, dim=0)
+        self.values = self.values.repeat_interleave(repeats, dim=0)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Some rows only; int64, or bool (B,)."""
+        self._rows(indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices)
+        self.keys, self.values = self.keys[indices], self.values[indices]
+
+    def offload(self) -> None:
+        """Everything to the CPU."""
+        super().offload()
+        self._move("cpu")
+
+    def prefetch(self) -> None:
+        """Everything back to the device."""
+        super().prefetch()
+        self._move(self.device)
+
+    def _move(self, device: torch.device | str) -> None:
+        for name in ("kept_keys", "kept_values", "places"):
+            setattr(self, name, getattr(self, name).to(device))
+
+
+def _become(layer: Any, kind: type) -> None:
+    """Give a layer another class; one that a selector remembers something of stays watched."""
+    layer.__class__ = watched(kind) if "gossamer_state" in vars(layer) else kind
+
+
+def _joined(kept: Ragged, later: Tensor) -> Tensor:
+    """(B, G, M + T, W): one buffer, filled in both parts."""
+    out = kept.padded(extra=later.shape[2])
+    if later.shape[2]:
+        out[:, :, out.shape[2] - later.shape[2] :] = later
+    return out
+
+
+def held_bytes(cache: Any) -> int:
+    """Bytes of keys and values a cache really holds, with what locates them.
+
+    Counts memory, not shapes: a slice counts as all it keeps alive.
+    """
+    seen: dict[int, int] = {}
+
+    def count(thing: Any) -> None:
+        if isinstance(thing, Tensor):
+            store = thing.untyped_storage()
+            seen[store.data_ptr()] = store.nbytes()
+        elif hasattr(thing, "__dataclass_fields__"):
+            for name in thing.__dataclass_fields__:
+                count(getattr(thing, name))
+
+    for layer in cache.layers:
+        for name, value in vars(layer).items():
+            if name != "gossamer_state":
+                count(value)
+    return sum(seen.values())
+
+
+@dataclass(frozen=True, eq=False)
+class PackedIndex(KeyIndex):
+    """All keys that a shortened cache layer still holds.
+
+    Parameters
+    ----------
+    layout : the call over what is held. The new keys stand at the end, so causality is as ever.
+    model : the call as the model sees it, over all keys there ever were.
+    held : bool, (B, G, M + T), places of the returned tensors that hold a key of the head.
+    """
+
+    layout: Layout
+    model: Layout
+    held: Tensor
+
+    @classmethod
+    def over(cls, model: Layout, counts: Tensor, later: int) -> "PackedIndex":
+        """The index of a call on a shortened layer.
+
+        Parameters
+        ----------
+        model : its layout. counts : (B, G), keys held of each head, the later ones included.
+        later : T, of these those that came after the eviction.
+        """
+        size = int(counts.max())
+        name = ("packed", size)
+        if name not in model.memo:
+            model.memo[name] = Layout(
+                model.batch,
+                model.queries,
+                size,
+                query_offset=size - model.queries,
+                device=model.device,
+            )
+        held = from_right(counts, size)
+        if model.padding is not None and later:
+            held[:, :, size - later :] &= model.padding[:, None, model.end - later : model.end]
+        return cls(model.memo[name], model, held)
+
+    @property
+    def whole(self) -> bool:
+        return bool(self.held.all())
+
+    def mask(self, rows: slice | None = None) -> Tensor:
+        return self.layout.mask(rows) & self.held[:, :, None, :]
+
+    def pairs(self) -> tuple[int, int]:
+        """Pairs held, and pairs the model would read had nothing been evicted."""
+        seen = self.model.mask()
+        rows = max(len(self.held), len(seen))
+        return int(self.mask().sum()), int(seen.sum()) * (rows // len(seen)) * self.held.shape[1]
