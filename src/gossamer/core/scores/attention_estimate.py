@@ -154,12 +154,10 @@ def jensen_shannon(first: Tensor, second: Tensor) -> Tensor:
     >>> jensen_shannon(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0]))
     tensor(0.8326)
     """
-    middle = (first + second) / 2
-    total = torch.zeros_like(first)
-    for own in (first, second):
-        logs: Tensor = torch.special.xlogy(own, own) - torch.special.xlogy(own, middle)
-        total = total + logs
-    return (total.sum(-1) / 2).clamp_min(0.0).sqrt()
+    tiny = torch.finfo(first.dtype).tiny
+    middle = ((first + second) / 2).clamp_min(tiny)
+    logs = [own * (own / middle).clamp_min(tiny).log() for own in (first, second)]
+    return ((logs[0] + logs[1]).sum(-1) / 2).clamp_min(0.0).sqrt()
 
 
 def mass_count(weights: Tensor, mass: float) -> Tensor:
