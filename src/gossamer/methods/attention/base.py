@@ -73,6 +73,12 @@ class AttentionMethod(Method):
     def plan(self, model: nn.Module, data: Any, length: int) -> Selector:
         """Decide what can be decided before the first call."""
 
+    def planned(
+        self, model: nn.Module, data: Any, length: int, progress: Progress | None
+    ) -> Selector:
+        """:meth:`plan`, telling how far it is: for methods whose plan takes its time."""
+        return self.plan(model, data, length)
+
     @abstractmethod
     def replan(self, meta: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Selector:
         """The selector whose :meth:`Selector.state` was stored."""
@@ -95,7 +101,8 @@ class AttentionMethod(Method):
         tokens = None if data is None else as_tokens(data, model)
         length = _length(self.length, tokens, model)
         resolved = replace(self, length=length)
-        work = SparseAttention(resolved, model, self.plan(model, data, length), length)
+        selector = resolved.planned(model, data, length, progress)
+        work = SparseAttention(resolved, model, selector, length)
         if tokens is None or not work.measured_only:
             return work
         try:
