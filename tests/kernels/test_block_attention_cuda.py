@@ -21,12 +21,21 @@ def _error(case, backend: str) -> float:
     return float((found.double() - expected).norm() / expected.norm())
 
 
-@pytest.mark.parametrize("backend", ["hopper", "triton"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("width", [64, 128, 96, 256])
-@pytest.mark.parametrize("block", [(128, 128), (64, 64), (128, 64), (256, 128)])
+@pytest.mark.parametrize(
+    ("backend", "dtype", "width", "block"),
+    [
+        ("hopper", torch.bfloat16, 128, (128, 128)),
+        ("hopper", torch.float16, 64, (64, 64)),
+        ("hopper", torch.bfloat16, 128, (256, 64)),
+        ("triton", torch.bfloat16, 128, (128, 128)),
+        ("triton", torch.float16, 64, (64, 64)),
+        ("triton", torch.float32, 128, (128, 64)),
+        ("triton", torch.bfloat16, 96, (64, 128)),
+        ("triton", torch.bfloat16, 256, (128, 128)),
+    ],
+)
 def test_matches_float64(backend, dtype, width, block) -> None:
-    plain = dict(dtype=dtype, device="cuda")
+    plain = {"dtype": dtype, "device": "cuda"}
     first = block_case(1, (8, 2, 2), (700, 700), (width, width), block, **plain)
     if backend == "hopper" and block_backend(*first[:3], block) != "hopper":
         pytest.skip("not a call for this kernel")
@@ -39,7 +48,12 @@ def test_matches_float64(backend, dtype, width, block) -> None:
         ),
         block_case(
             *(2, (8, 4, 1), (257, 640), (width, width), block),
-            **dict(offset=300, columns=33, padded=True, sinks=True, softcap=5.0, window=200),
+            offset=300,
+            columns=33,
+            padded=True,
+            sinks=True,
+            softcap=5.0,
+            window=200,
             **plain,
         ),
         block_case(1, (2, 2, 1), (200, 1000), (width, width), block, causal=False, **plain),
@@ -52,14 +66,19 @@ def test_matches_float64(backend, dtype, width, block) -> None:
 def test_long_lists_and_unequal_widths() -> None:
     case = block_case(
         *(1, (8, 2, 2), (2048, 8192), (128, 128), (128, 128)),
-        **dict(offset=6144, kept=0.7, columns=300, dtype=torch.bfloat16, device="cuda"),
+        offset=6144,
+        kept=0.7,
+        columns=300,
+        dtype=torch.bfloat16,
+        device="cuda",
     )
     for backend in ("hopper", "triton"):
         assert _error(case, backend) < LIMIT[torch.bfloat16]
         case.options.pop("columns", None)
     other = block_case(
         *(2, (4, 4, 4), (130, 130), (192, 128), (64, 64)),
-        **dict(dtype=torch.bfloat16, device="cuda"),
+        dtype=torch.bfloat16,
+        device="cuda",
     )
     assert _error(other, "triton") < LIMIT[torch.bfloat16]
 
@@ -67,7 +86,10 @@ def test_long_lists_and_unequal_widths() -> None:
 def test_runs_are_equal_and_rows_without_keys_are_zero() -> None:
     case = block_case(
         *(1, (8, 2, 2), (600, 600), (128, 128), (128, 128)),
-        **dict(kept=0.5, columns=50, dtype=torch.bfloat16, device="cuda"),
+        kept=0.5,
+        columns=50,
+        dtype=torch.bfloat16,
+        device="cuda",
     )
     for backend in ("hopper", "triton"):
         one = block_attention(*case[:-1], **case.options, backend=backend)
@@ -82,7 +104,8 @@ def test_runs_are_equal_and_rows_without_keys_are_zero() -> None:
 def test_faults_in_keys_that_are_not_listed_stay_out() -> None:
     case = block_case(
         *(1, (4, 2, 2), (512, 512), (128, 128), (128, 128)),
-        **dict(dtype=torch.bfloat16, device="cuda"),
+        dtype=torch.bfloat16,
+        device="cuda",
     )
     kept = torch.eye(4, dtype=torch.bool, device="cuda")[None, None]
     kept[..., 1:, 0] = True
