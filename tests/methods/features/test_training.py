@@ -68,51 +68,6 @@ def test_a_step_has_no_gradient_along_an_atom():
     assert not torch.equal(atoms, fresh)
 
 
-def test_the_auxiliary_loss_trains_dead_latents_alone():
-    work = trainer(dead_after=1)
-    work.since_fired[:] = 0
-    dead = torch.tensor([3, 11, 30])
-    work.since_fired[dead] = 5
-    made = work.dictionary
-    rows = next(BED.batches(64)) * work.scale
-    error = rows - made.b_dec
-    work.aux_loss(made.pre_activations(rows), error).backward()
-    for grad in (made.W_enc.grad.T, made.W_dec.grad, made.b_enc.grad[:, None]):
-        touched = grad.abs().sum(1) > 0
-        assert touched[dead].all()
-        assert int(touched.sum()) == len(dead)
-
-
-def test_the_auxiliary_loss_by_hand():
-    work = trainer(dead_after=1, aux_k=1)
-    work.since_fired[:] = 0
-    work.since_fired[[0, 1]] = 1
-    made = work.dictionary
-    with torch.no_grad():
-        made.W_dec[0], made.W_dec[1] = torch.eye(16)[0], torch.eye(16)[1]
-        made.b_dec.fill_(100.0)
-    pre = torch.full((2, 48), 9.0)
-    pre[:, 0], pre[:, 1] = torch.tensor([2.0, -1.0]), torch.tensor([1.0, -3.0])
-    error = torch.zeros(2, 16, requires_grad=True)
-    with torch.no_grad():
-        error[0, 0], error[1, 1] = 3.0, 1.0
-    # Row 0: atom 0 with 2 (misses 3 by 1); row 1: nothing is positive (misses 1 by 1).
-    # Variance of the error: (1.5² + 1.5²) + (.5² + .5²) = 5.
-    loss = work.aux_loss(pre, error)
-    assert float(loss.detach()) == pytest.approx((1 + 1) / 5)
-    loss.backward()
-    assert error.grad is None or not bool(error.grad.any())
-
-
-def test_no_dead_latents_or_no_error_cost_nothing():
-    work = trainer(dead_after=1)
-    pre, rows = torch.ones(4, 48), torch.ones(4, 16)
-    assert float(work.aux_loss(pre, rows)) == 0.0
-    work.since_fired[:] = 9
-    assert float(work.aux_loss(pre, torch.zeros(4, 16)).detach()) == 0.0
-    assert float(trainer(aux_k=0, dead_after=1).aux_loss(pre, rows)) == 0.0
-
-
 def test_latents_die_after_the_window_and_live_when_they_fire():
     work = trainer(rule=TopK(1), dead_after=100)
     rows = next(BED.batches(64)) * work.scale

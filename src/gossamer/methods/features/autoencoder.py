@@ -127,10 +127,13 @@ class Dictionary(nn.Module):
 
     def pre_activations(self, rows: Tensor) -> Tensor:
         """(R, D) to (R, M): (x - b_dec) W_enc + b_enc; a transcoder subtracts nothing."""
-        return torch.addmm(self.b_enc, self._centred(rows), self.W_enc)
+        read = self._centred(rows)
+        return torch.addmm(self.b_enc.to(read.dtype), read, self.W_enc)
 
     def _centred(self, rows: Tensor) -> Tensor:
-        return rows if self.transcoder else rows - self.b_dec
+        read = rows if self.transcoder else rows - self.b_dec
+        # Biases stay float32 where the matrices compute in half precision.
+        return read.to(self.W_enc.dtype)
 
     def encoded(self, rows: Tensor, gradient: Tensor | None = None) -> tuple[Tensor, Batch]:
         """Pre-activations (R, M) and what a rule may look at beside them.
@@ -143,7 +146,7 @@ class Dictionary(nn.Module):
             return self.pre_activations(rows), Batch(rows, self.W_dec, self.b_dec, gradient)
         with torch.no_grad():
             read = self._centred(rows)
-            pre = torch.addmm(self.b_enc, read, self.W_enc)
+            pre = torch.addmm(self.b_enc.to(read.dtype), read, self.W_enc)
         offset = None if self.transcoder else self.b_dec
 
         def at(indices: Tensor) -> Tensor:
@@ -158,7 +161,7 @@ class Dictionary(nn.Module):
     def reconstruct(self, codes: Codes, rows: Tensor) -> Tensor:
         """(R, D_out): sum of the named atoms, b_dec, and the skip of the rows if there is one."""
         plain = combine(codes, self.W_dec) + self.b_dec
-        return plain if self.W_skip is None else plain + rows @ self.W_skip
+        return plain if self.W_skip is None else plain + rows.to(self.W_skip.dtype) @ self.W_skip
 
     def encode(self, x: Tensor) -> SparseRows:
         """Codes of activations.

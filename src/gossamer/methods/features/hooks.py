@@ -1,4 +1,4 @@
-"""Hooks: read a module's output in a forward pass that ends there, or hand back another one.
+"""Hooks: read a module's input or output in a forward pass that ends there, or replace it.
 
 Plain forward hooks on any module of a transformers model; none outlives the call that set it.
 Shapes: B = windows of a batch, T = tokens, D = width of the module's output.
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from gossamer.core import GossamerError, nearest
 
-__all__ = ["find_module", "hidden_of", "record", "with_hidden"]
+__all__ = ["find_module", "hidden_of", "input_of", "record", "split_path", "with_hidden"]
 
 
 class _Recorded(Exception):  # noqa: N818 - a signal, not an error
@@ -76,39 +76,63 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+def split_path(path: str) -> tuple[str, bool]:
+    """A module's path, and whether ``:in`` behind it asks for its input."""
+    return path.removesuffix(":in"), path.endswith(":in")
+
+
+def input_of(args: Any, kwargs: Mapping[str, Any], path: str) -> Tensor:
+    """The activations a module is called with: its first argument, or ``hidden_states``."""
+    first = args[0] if args else kwargs.get("hidden_states", next(iter(kwargs.values()), None))
+    return hidden_of(first, path)
+
+
 @torch.no_grad()
-def record(
-    model: nn.Module, paths: tuple[str, ...], batch: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """Outputs of modules in one forward pass that ends at the last of them.
+def record(model: nn.Module, paths: tuple[str, ...], batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Activations of modules in one forward pass that ends at the last of them.
 
     Parameters
     ----------
-    paths : dotted module paths. batch : keyword arguments of the model.
+    paths : dotted module paths; with ``:in`` behind it the module's input, else its output.
+    batch : keyword arguments of the model.
 
     Returns
     -------
-    Path to the activations as the module returned them.
+    Path to the activations as the module took or returned them.
 
     Raises
     ------
     GossamerError
         If a path is unknown, or its module does not run in this forward pass.
     """
-    modules = {path: find_module(model, path) for path in paths}
+    modules = {path: find_module(model, split_path(path)[0]) for path in paths}
     found: dict[str, Tensor] = {}
 
-    def keep(path: str) -> Any:
+    def note(path: str, hidden: Tensor) -> None:
+        found[path] = hidden
+        if len(found) == len(modules):
+            raise _Recorded
+
+    def after(path: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            found[path] = hidden_of(output, path)
-            if len(found) == len(modules):
-                raise _Recorded
+            note(path, hidden_of(output, path))
+
+        return hook
+
+    def before(path: str) -> Any:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            # A copy: blocks may add to the tensor they were given.
+            note(path, input_of(args, kwargs, path).clone())
 
         return hook
 
     with ExitStack() as stack:
         for path, module in modules.items():
-            stack.callback(module.register_forward_hook(keep(path)).remove)
+            if split_path(path)[1]:
+                handle = module.register_forward_pre_hook(before(path), with_kwargs=True)
+            else:
+                handle = module.register_forward_hook(after(path))
+            stack.callback(handle.remove)
         stack.enter_context(_evaluating(model))
         try:
             model(**batch)

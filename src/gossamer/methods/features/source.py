@@ -1,7 +1,7 @@
 """ActivationSource: the activations of any module, as shuffled rows ready for training.
 
 The forward pass ends at the module: nothing behind it is computed. Padding never enters.
-Shapes: R = rows, D = width of the module's output.
+Shapes: R = rows, D = columns of a row: the width of the module's output, or of several.
 """
 
 from collections.abc import Iterator
@@ -11,7 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.core import GossamerError
-from gossamer.methods.features.hooks import record
+from gossamer.methods.features.hooks import find_module, split_path
+from gossamer.methods.features.host import HostPass
+from gossamer.methods.features.packing import Packed
+from gossamer.methods.features.readers import Reader
+from gossamer.methods.features.stream import Stream
 from gossamer.models import Inputs, Tokens
 
 __all__ = ["ActivationSource", "check_sink_multiple"]
@@ -32,23 +36,35 @@ class ActivationSource:
 
     Parameters
     ----------
-    model, path : whose activations. data : windows of tokens, or ready-made inputs.
+    model : a transformers model.
+    path : of the module whose output is read, ``path:in`` for its input, or several of them:
+        their columns are joined in this order.
+    data : windows of tokens, packed documents, or ready-made inputs.
     windows : windows of a forward pass. seed : of every shuffle.
     sink_multiple : rows with a norm above so many times the median of the first batch are left
-        out; such attention sinks carry the loss and teach nothing. None keeps them.
-    skip_first : leave out the first real token of every window.
+        out; such attention sinks carry the loss and teach nothing. None keeps them. Of several
+        modules the first decides.
+    skip_first : leave out the first real token of every window, or of every document where
+        documents are packed.
     resident_bytes : most memory for rows kept between passes. buffer : rows mixed otherwise.
+    reader : makes a batch's columns in place of the hooks; see ``readers.py``.
+    host : forward passes shared with other sources over the same data, windows and seed.
 
     Attributes
     ----------
-    sink_norm : the limit in force, or None. width : D.
+    sink_norm : the limit in force, or None. width : D. columns : widths of the joined modules.
+
+    Raises
+    ------
+    GossamerError
+        For an unknown path (the nearest are named) or activations that are not finite.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        path: str,
-        data: Tokens | Inputs,
+        path: str | tuple[str, ...],
+        data: Tokens | Packed | Inputs,
         *,
         windows: int = 8,
         seed: int = 0,
@@ -56,69 +72,93 @@ class ActivationSource:
         skip_first: bool = False,
         resident_bytes: int = 1 << 28,
         buffer: int = 1 << 15,
+        reader: Reader | None = None,
+        host: HostPass | None = None,
     ) -> None:
         check_sink_multiple(sink_multiple)
-        self.model, self.path, self.data = model, path, data
+        self.paths = (path,) if isinstance(path, str) else tuple(path)
+        for one in self.paths:
+            find_module(model, split_path(one)[0])
+        self.model, self.path, self.data = model, "|".join(self.paths), data
+        self.name = self.path
         self.windows, self.seed, self.buffer = windows, seed, buffer
-        self.sink_multiple, self.skip_first = sink_multiple, skip_first
-        self._generator = torch.Generator().manual_seed(seed)
+        self.sink_multiple, self.skip_first, self.reader = sink_multiple, skip_first, reader
+        self._host = HostPass(model, data) if host is None or reader is not None else host
+        assert self._host.data is data, "sources that share a pass share the data"
+        self._me = self._host.join(self.paths)
         self._resident: Tensor | None = None
         self.sink_norm: float | None = None
-        first = self._rows(torch.arange(min(windows, len(data))))
+        self.columns: tuple[int, ...] = ()
+        self._host.announce(self._me, "first")
+        first = self._rows(torch.arange(min(windows, len(data))), ("first",))
+        self._host.leave(self._me, "first")
         self.width = first.shape[1]
         if sink_multiple is not None and len(first):
-            norms = torch.linalg.vector_norm(first, dim=1)
-            self.sink_norm = sink_multiple * float(norms.median())
-        if isinstance(data, Tokens):
-            self._most = data.count - skip_first * len(data)
-        else:
+            self.sink_norm = sink_multiple * float(self._norms(first).median())
+        if isinstance(data, Inputs):
             self._most = len(first) // min(windows, len(data)) * len(data)
+        else:
+            self._most = int(self._real(torch.arange(len(data))).sum())
         self._fits = self._most * self.width * 4 <= resident_bytes
+        self._host.announce(self._me, "all" if self._fits else "passes")
 
-    def _batch(self, at: Tensor) -> tuple[dict[str, Tensor], Tensor | None]:
-        """Keyword arguments of the windows at these places, and which tokens are real."""
-        device = next(self.model.parameters()).device
-        if isinstance(self.data, Inputs):
-            chosen = Inputs({name: value[at] for name, value in self.data.values.items()})
-            return next(chosen.batches(len(at), device)), None
-        chosen = Tokens(self.data.input_ids[at], self.data.attention_mask[at])
-        return next(chosen.batches(len(at), device)), chosen.attention_mask
+    # -- rows ------------------------------------------------------------------------------
 
-    def _rows(self, at: Tensor) -> Tensor:
+    def _real(self, at: Tensor) -> Tensor:
+        """Which tokens of windows (W, T) become rows."""
+        assert not isinstance(self.data, Inputs)
+        if isinstance(self.data, Packed):
+            return self.data.rows(at, skip_first=self.skip_first)
+        valid = self.data.attention_mask[at]
+        return valid & (valid.cumsum(1) > 1) if self.skip_first else valid
+
+    def _hidden(self, at: Tensor, ticket: tuple[Any, ...]) -> list[Tensor]:
+        """Activations of the windows at these places, a tensor a module."""
+        if self.reader is not None:
+            return [self.reader(self.model, self._host.batch(at))]
+        found = self._host.fetch(self._me, ticket, at)
+        return [found[path] for path in self.paths]
+
+    def _norms(self, rows: Tensor) -> Tensor:
+        first = self.columns[0] if self.reader is None else self.reader.channels
+        return torch.linalg.vector_norm(rows[:, :first], dim=1)
+
+    def _rows(self, at: Tensor, ticket: tuple[Any, ...]) -> Tensor:
         """Valid rows (R, D), float32, of the windows at these places."""
-        batch, valid = self._batch(at)
-        hidden = record(self.model, (self.path,), batch)[self.path]
-        rows = hidden.reshape(-1, hidden.shape[-1]).float()
-        if valid is not None:
+        parts = [
+            hidden.reshape(-1, hidden.shape[-1]).float() for hidden in self._hidden(at, ticket)
+        ]
+        if len({len(part) for part in parts}) > 1:
+            raise GossamerError(
+                f"modules {', '.join(self.paths)} give {', '.join(str(len(p)) for p in parts)} "
+                "rows; join modules with one row a token"
+            )
+        self.columns = tuple(part.shape[1] for part in parts)
+        rows = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+        if not isinstance(self.data, Inputs):
+            valid = self._real(at)
             if valid.numel() != len(rows):
                 raise GossamerError(
-                    f"module {self.path!r} returns {tuple(hidden.shape)} for "
-                    f"{tuple(valid.shape)} tokens; hook a module with one row a token"
+                    f"module {self.path!r} returns {len(rows)} rows for {tuple(valid.shape)} "
+                    "tokens; hook a module with one row a token"
                 )
-            if self.skip_first:
-                valid = valid & (valid.cumsum(1) > 1)
             rows = rows[valid.reshape(-1).to(rows.device)]
         if not bool(torch.isfinite(rows).all()):
             raise GossamerError(
                 f"activations of {self.path!r} hold NaN or infinity; load the model in float32"
             )
         if self.sink_norm is not None:
-            rows = rows[torch.linalg.vector_norm(rows, dim=1) <= self.sink_norm]
+            rows = rows[self._norms(rows) <= self.sink_norm]
         return rows
 
-    def one_pass(self, order: Tensor | None = None) -> Iterator[Tensor]:
-        """The rows of every window once, a batch of windows at a time.
-
-        Parameters
-        ----------
-        order : of the windows; None for their own.
-        """
-        if order is None and self._resident is not None:
+    def one_pass(self) -> Iterator[Tensor]:
+        """The rows of every window once, in the windows' own order, a batch at a time."""
+        if self._resident is not None:
             yield from self._resident.split(self.buffer)
             return
-        order = torch.arange(len(self.data)) if order is None else order
-        for at in order.split(self.windows):
-            yield self._rows(at)
+        for number, at in enumerate(torch.arange(len(self.data)).split(self.windows)):
+            # Sources that keep all rows walk the data together; others look on their own.
+            yield self._rows(at, ("all" if self._fits else ("own", self._me), number))
 
     def head(self, rows: int) -> Iterator[Tensor]:
         """Batches of :meth:`one_pass` until so many rows have passed."""
@@ -140,64 +180,50 @@ class ActivationSource:
             self._resident = torch.cat(list(self.one_pass()))
         return self._resident
 
-    def _permutation(self, count: int) -> Tensor:
-        return torch.randperm(count, generator=self._generator)
+    # -- the stream ------------------------------------------------------------------------
 
-    def _passes(self) -> Iterator[Tensor]:
-        """Rows in pieces, pass after pass, windows in a new order each time."""
-        while True:
-            yielded = 0
-            for rows in self.one_pass(self._permutation(len(self.data))):
-                yielded += len(rows)
-                yield rows
-            if not yielded:
-                raise GossamerError(f"no rows of {self.path!r} are left; give longer text")
+    def items(self) -> int:
+        """Windows, which a stream puts in a new order each pass."""
+        return len(self.data)
 
-    def batches(self, size: int) -> Iterator[Tensor]:
-        """Endless shuffled (size, D) batches.
+    def pieces(self) -> int:
+        """Forward passes of one pass over the data."""
+        return -(-len(self.data) // self.windows)
+
+    def piece(self, order: Tensor, turn: int, number: int, *, glimpse: bool) -> Tensor:
+        """Rows of one forward pass of a stream's pass over the data."""
+        at = order[number * self.windows : (number + 1) * self.windows]
+        return self._rows(at, (("own", self._me) if glimpse else "passes", turn, number))
+
+    def batches(self, size: int) -> Stream:
+        """Endless shuffled (size, D) batches; the stream can tell its place and be resumed.
 
         Raises
         ------
         GossamerError
-            If the data yields no row.
+            At the first batch, if the data yields no row.
         """
-        rows = self.resident()
-        if rows is not None:
-            yield from self._from_memory(rows, size)
-        pool, stream = torch.empty(0, self.width), self._passes()
-        capacity = max(2 * size, self.buffer)
-        while True:
-            pieces, count = [pool], len(pool)
-            while count < capacity:
-                pieces.append(next(stream))
-                count += len(pieces[-1])
-            pool = torch.cat([piece.to(pieces[-1].device) for piece in pieces])
-            pool = pool[self._permutation(count).to(pool.device)]
-            used = count // 2 // size * size
-            yield from pool[:used].split(size)
-            pool = pool[used:]
+        return Stream(self, size)
 
-    def _from_memory(self, rows: Tensor, size: int) -> Iterator[Tensor]:
-        if not len(rows):
-            raise GossamerError(f"no rows of {self.path!r} are left; give longer text")
-        left = torch.empty(0, dtype=torch.int64)
-        while True:
-            while len(left) < size:
-                left = torch.cat([left, self._permutation(len(rows))])
-            yield rows[left[:size].to(rows.device)]
-            left = left[size:]
+    def close(self) -> None:
+        """Read no more: others that share the forward passes need not wait."""
+        self._host.leave(self._me, "passes")
+        self._host.leave(self._me, "all")
 
     def metadata(self) -> dict[str, Any]:
         """What was read and what was left out, JSON-able."""
         config = getattr(self.model, "config", None)
+        packed = self.data.describe() if isinstance(self.data, Packed) else {"packing": "as given"}
+        first = "document" if isinstance(self.data, Packed) else "window"
         return {
             "model_name": getattr(config, "name_or_path", "") or type(self.model).__name__,
             "hook_name": self.path,
-            "context_size": self.data.length if isinstance(self.data, Tokens) else None,
+            "context_size": None if isinstance(self.data, Inputs) else self.data.length,
             "windows": len(self.data),
-            "packing": "as given",
+            **packed,
             "padding": "left out",
             "first_token": "left out" if self.skip_first else "kept",
+            "first_token_of": first,
             "sink_multiple": self.sink_multiple,
             "sink_norm": self.sink_norm,
             "seed": self.seed,

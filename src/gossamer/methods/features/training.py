@@ -4,22 +4,31 @@ One trainer serves every selection rule, and several trainers can share one stre
 Shapes: R = rows, D = input width, M = latents.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import chain, islice
-from math import sqrt
+from math import isnan, sqrt
+from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gossamer.core import GossamerError
 from gossamer.methods.features.autoencoder import Dictionary
-from gossamer.methods.features.rules import Rule, TopK, combine
+from gossamer.methods.features.checkpoint import Checkpoint
+from gossamer.methods.features.objective import Layout, Terms, objective
+from gossamer.methods.features.optimizer import DictionaryAdam
+from gossamer.methods.features.rules import Rule
+from gossamer.methods.features.stream import Stream
 from gossamer.models import Progress
 
 __all__ = ["Recipe", "Trainer", "geometric_median", "train"]
 
 _SAMPLE = 8192
+# A GPU runs ahead of the host; asking it who is dead, or how it goes, makes it wait. Windows of
+# dead latents are far longer than this many steps.
+_GLANCE = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,102 +101,214 @@ def geometric_median(rows: Tensor, iterations: int = 100, tolerance: float = 1e-
     return point
 
 
+def _scale(rows: Tensor, what: str) -> float:
+    """What gives rows a mean norm of sqrt(D)."""
+    norm = float(torch.linalg.vector_norm(rows.float(), dim=1).mean())
+    if not norm > 0:
+        raise GossamerError(f"all {what} are zero or NaN; choose another module")
+    return sqrt(rows.shape[1]) / norm
+
+
 class Trainer:
     """Trains one dictionary on rows it is handed, batch after batch.
 
-    Inputs are scaled so that their mean norm is sqrt(D); :meth:`finish` folds the scale away.
+    Inputs are scaled so that their mean norm is sqrt(D), and so are the targets of a transcoder
+    and each site of a crosscoder; :meth:`finish` folds the scales away.
 
     Parameters
     ----------
-    sample : (R, D) rows that set the scale and the first ``b_dec`` (their geometric median).
+    sample : (R, all columns) rows that set the scale and the first ``b_dec`` (their geometric
+        median).
     width : M. rule : which latents stay. recipe : how to train.
+    layout : which columns are read, reconstructed, and the loss's gradient; None: all are read.
+    sites : widths of the sites of a crosscoder, whose columns together are what is read.
+    skip : a transcoder adds a linear map of its input.
+    compute : dtype of the matrices while training; masters are float32. None: bfloat16 on a
+        GPU for rules that gather, else float32.
 
     Raises
     ------
     GossamerError
-        If the sample is all zeros.
+        If the sample is all zeros, or widths do not add up.
     """
 
-    def __init__(self, sample: Tensor, *, width: int, rule: Rule, recipe: Recipe) -> None:
-        d_in = sample.shape[1]
-        norm = float(torch.linalg.vector_norm(sample.float(), dim=1).mean())
-        if not norm > 0:
-            raise GossamerError("all activations are zero or NaN; choose another module")
-        self.scale = sqrt(d_in) / norm
-        self.recipe = recipe.resolved(d_in, width)
-        made = Dictionary.random(d_in, width, rule, seed=recipe.seed, tied=recipe.tied)
-        self.dictionary = made.to(sample.device).train()
-        with torch.no_grad():
-            self.dictionary.b_dec.copy_(geometric_median(sample.float() * self.scale))
-        self.done = 0
-        self.fvu = float("nan")
-        self.since_fired = torch.zeros(width, dtype=torch.int64, device=sample.device)
-        # eps 6.25e-10 is the paper's: gradients of rare latents are far below the usual 1e-8.
-        self._adam = torch.optim.Adam(
-            self.dictionary.parameters(), eps=6.25e-10, betas=(0.9, 0.999), fused=True
+    def __init__(
+        self,
+        sample: Tensor,
+        *,
+        width: int,
+        rule: Rule,
+        recipe: Recipe,
+        layout: Layout | None = None,
+        sites: tuple[int, ...] = (),
+        skip: bool = False,
+        compute: torch.dtype | None = None,
+    ) -> None:
+        layout = Layout(sample.shape[1]) if layout is None else layout
+        if sum(layout) != sample.shape[1] or (sites and sum(sites) != layout.reads):
+            raise GossamerError(
+                f"rows have {sample.shape[1]} columns; the layout {tuple(layout)} and the sites "
+                f"{sites} name others"
+            )
+        self.layout, self.recipe = layout, recipe.resolved(layout.reads, width)
+        x, target, _ = layout.split(sample)
+        parts = x.split(sites, dim=1) if sites else (x,)
+        scales = [_scale(part, "activations") for part in parts]
+        self.scale = scales[0]
+        self.site_scale = self._spread(scales, parts) if sites else None
+        self.target_scale = self.scale if target is None else _scale(target, "targets")
+        made = Dictionary.random(
+            layout.reads,
+            width,
+            rule,
+            seed=recipe.seed,
+            tied=recipe.tied,
+            d_out=layout.target or None,
+            skip=skip,
         )
+        self.dictionary = made.to(sample.device).train()
+        x, target, _ = self.split(sample)
+        with torch.no_grad():
+            self.dictionary.b_dec.copy_(geometric_median(x if target is None else target))
+        self.done = 0
+        # One more place takes the padding of codes.
+        self._silent = torch.zeros(width + 1, dtype=torch.int64, device=sample.device)
+        self._dead = torch.empty(0, dtype=torch.int64, device=sample.device)
+        self._fvu = torch.full((), float("nan"), device=sample.device)
+        self._glance = _GLANCE if sample.is_cuda else 1
+        if compute is None:
+            compute = torch.bfloat16 if sample.is_cuda and rule.gathers else torch.float32
+        # eps 6.25e-10 is the paper's: gradients of rare latents are far below the usual 1e-8.
+        self._adam = DictionaryAdam(
+            {n: p for n, p in self.dictionary.named_parameters() if p.requires_grad},
+            unit=("W_dec",),
+            betas=(0.9, 0.999),
+            eps=6.25e-10,
+            compute=compute,
+        )
+
+    @staticmethod
+    def _spread(scales: list[float], parts: tuple[Tensor, ...]) -> Tensor:
+        """The sites' scales relative to the first, a number for every column."""
+        made = [part.new_full((part.shape[1],), s) for s, part in zip(scales, parts, strict=True)]
+        return torch.cat(made).float() / scales[0]
+
+    def split(self, rows: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Rows of the source as scaled input, scaled target or None, and gradient or None."""
+        x, target, gradient = self.layout.split(rows.float())
+        x = x * self.scale
+        if self.site_scale is not None:
+            x = x * self.site_scale
+        return x, None if target is None else target * self.target_scale, gradient
+
+    @property
+    def since_fired(self) -> Tensor:
+        """(M,), rows since each latent last fired."""
+        return self._silent[:-1]
+
+    @property
+    def fvu(self) -> float:
+        """Share of the last batch's variance that was not explained."""
+        return float(self._fvu)
 
     def dead(self) -> Tensor:
         """Indices of the latents that no row has fired for too long."""
         assert self.recipe.dead_after is not None
         return (self.since_fired >= self.recipe.dead_after).nonzero()[:, 0]
 
-    def aux_loss(self, pre: Tensor, error: Tensor) -> Tensor:
-        """How badly the dead latents alone model the error of the others; 0 without dead ones.
-
-        Their top ``aux_k`` pre-activations, where positive, reconstruct the detached error
-        without ``b_dec``; the squared miss is a share of the error's variance.
-
-        Parameters
-        ----------
-        pre : (R, M). error : (R, D), x minus its reconstruction.
-        """
-        dead, aux_k = self.dead(), self.recipe.aux_k
-        if not len(dead) or not aux_k:
-            return pre.new_zeros(())
-        codes = TopK(min(aux_k, len(dead)))(pre[:, dead])
-        target = error.detach()
-        miss = (target - combine(codes, self.dictionary.W_dec[dead])).square().sum()
-        return (miss / (target - target.mean(0)).square().sum()).nan_to_num(0.0, 0.0, 0.0)
+    def terms(
+        self, rows: Tensor, target: Tensor | None = None, gradient: Tensor | None = None
+    ) -> Terms:
+        """The objective on scaled (R, D) rows; also counts who fired."""
+        assert self.recipe.aux_k is not None
+        if self.recipe.aux_k and self.done % self._glance == 0:
+            self._dead = self.dead()
+        terms = objective(
+            self.dictionary,
+            rows,
+            aux_k=self.recipe.aux_k,
+            aux_coefficient=self.recipe.aux_coefficient,
+            dead=self._dead,
+            target=target,
+            gradient=gradient,
+        )
+        self._fvu = terms.fvu
+        values, indices = terms.codes
+        fired = indices.where((indices >= 0) & (values.detach() != 0), len(self._silent) - 1)
+        self._silent += len(rows)
+        self._silent.index_fill_(0, fired.reshape(-1), 0)
+        return terms
 
     def loss(self, rows: Tensor) -> Tensor:
-        """The objective on scaled (R, D) rows; also counts who fired."""
-        made = self.dictionary
-        pre = made.pre_activations(rows)
-        codes = made.rule(pre)
-        error = rows - combine(codes, made.W_dec) - made.b_dec
-        spread = (rows - rows.mean(0)).square().sum().clamp_min(1e-12)
-        squared = error.square().sum()
-        self.fvu = float(squared.detach() / spread)
-        penalty = made.rule.penalty(codes, made.W_dec.norm(dim=1))
-        main = squared if penalty is None else squared + penalty
-        self.since_fired += len(rows)
-        self.since_fired[codes.fired()] = 0
-        return main / spread + self.recipe.aux_coefficient * self.aux_loss(pre, error)
+        """The loss on scaled (R, D) rows; also counts who fired."""
+        return self.terms(rows).loss
 
     def step(self, rows: Tensor) -> None:
-        """One update on (R, D) rows as the source gives them."""
-        made, atoms = self.dictionary, self.dictionary.W_dec
-        self._adam.zero_grad(set_to_none=True)
-        with torch.enable_grad():
-            self.loss(rows.to(atoms.dtype) * self.scale).backward()
-        assert atoms.grad is not None
+        """One update on (R, all columns) rows as the source gives them."""
         assert self.recipe.lr is not None
-        with torch.no_grad():
-            # Growth along an atom would be undone below, yet would fill Adam's moments.
-            atoms.grad -= (atoms.grad * atoms).sum(1, keepdim=True) * atoms
-        nn.utils.clip_grad_norm_(made.parameters(), 1.0)
-        for group in self._adam.param_groups:
-            group["lr"] = self.recipe.lr * self.recipe.rate(self.done)
-        self._adam.step()
-        with torch.no_grad():
-            atoms.div_(torch.linalg.vector_norm(atoms, dim=1, keepdim=True))
+        self._adam.zero_grad()
+        with torch.enable_grad():
+            self.terms(*self.split(rows)).loss.backward()
+        self._adam.step(self.recipe.lr * self.recipe.rate(self.done))
         self.done += 1
+
+    def glance(self) -> str | None:
+        """What a progress bar says, now and then on a GPU, or None in between.
+
+        Raises
+        ------
+        GossamerError
+            If the training has diverged.
+        """
+        if self.done % self._glance and self.done != self.recipe.steps:
+            return None
+        if isnan(fvu := self.fvu):
+            raise GossamerError(
+                f"the error is NaN after {self.done} of {self.recipe.steps} steps; lower lr, now "
+                f"{self.recipe.lr:.2g}, and look for NaN in the activations"
+            )
+        return f"dictionary, FVU {fvu:.3f}"
+
+    # -- checkpoints -----------------------------------------------------------------------
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that the next step depends on, the rows apart."""
+        rule = {f"rule.{n}": value for n, value in self.dictionary.rule.named_buffers()}
+        own = {"done": torch.tensor(self.done), "silent": self._silent, "dead": self._dead}
+        return {**self._adam.state(), **rule, **own, "fvu": self._fvu}
+
+    @torch.no_grad()
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from what :meth:`state` gave, to the bit."""
+        self._adam.load(state)
+        for name, value in self.dictionary.rule.named_buffers():
+            value.copy_(state[f"rule.{name}"])
+        self.done = int(state["done"])
+        self._silent.copy_(state["silent"])
+        self._dead = state["dead"].to(self._silent.device)
+        self._fvu = state["fvu"].to(self._silent.device)
 
     def finish(self) -> Dictionary:
         """The dictionary for unscaled inputs, in eval mode; the trainer ends here."""
-        self.dictionary.fold_input_scale(self.scale)
-        return self.dictionary.eval().requires_grad_(False)
+        self._adam.release()
+        made = self.dictionary
+        if self.site_scale is not None:
+            with torch.no_grad():
+                made.W_enc.mul_(self.site_scale[:, None])
+                made.W_dec.div_(self.site_scale)
+                made.b_dec.div_(self.site_scale)
+        other = None if not self.layout.target else self.target_scale
+        made.fold_input_scale(self.scale, other)
+        return made.eval().requires_grad_(False)
+
+
+def _sample(batches: Iterator[Tensor], recipe: Recipe) -> tuple[Tensor, Iterator[Tensor]]:
+    """Rows that set the scale, and the stream as if they had not been read."""
+    count = max(1, min(recipe.steps, _SAMPLE // recipe.batch_size))
+    if isinstance(batches, Stream):
+        return torch.cat(list(islice(batches.peek(), count))), batches
+    head = list(islice(batches, count))
+    return torch.cat(head), chain(head, batches)
 
 
 def train(
@@ -197,17 +318,36 @@ def train(
     rule: Rule,
     recipe: Recipe,
     progress: Progress | None = None,
+    checkpoint: str | Path | None = None,
+    every: int = 1000,
+    **options: Any,
 ) -> Dictionary:
     """Train a dictionary on a stream of (batch_size, D) rows.
 
     Parameters
     ----------
-    batches : at least ``recipe.steps`` of them.
+    batches : at least ``recipe.steps`` of them; ``ActivationSource.batches`` can be resumed.
+    checkpoint : file that the run is saved to and taken up from; it is removed at the end.
+    every : updates between two saves; what a kill loses at most.
+    options : ``layout``, ``sites``, ``skip`` and ``compute`` of :class:`Trainer`.
+
+    Raises
+    ------
+    GossamerError
+        If the training diverges, or the checkpoint is of another run or cannot be written.
     """
-    head = list(islice(batches, max(1, min(recipe.steps, _SAMPLE // recipe.batch_size))))
-    trainer = Trainer(torch.cat(head), width=width, rule=rule, recipe=recipe)
-    for rows in islice(chain(head, batches), recipe.steps):
+    sample, rest = _sample(batches, recipe)
+    trainer = Trainer(sample, width=width, rule=rule, recipe=recipe, **options)
+    saved = None if checkpoint is None else Checkpoint.of(checkpoint, batches, trainer)
+    if saved is not None:
+        saved.resume()
+    for rows in islice(rest, recipe.steps - trainer.done):
         trainer.step(rows)
-        if progress is not None:
-            progress(trainer.done, recipe.steps, f"dictionary, FVU {trainer.fvu:.3f}")
-    return trainer.finish()
+        if (text := trainer.glance()) is not None and progress is not None:
+            progress(trainer.done, recipe.steps, text)
+        if saved is not None and trainer.done % every == 0 and trainer.done < recipe.steps:
+            saved.save()
+    made = trainer.finish()
+    if saved is not None:
+        saved.remove()
+    return made
