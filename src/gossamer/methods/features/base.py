@@ -15,17 +15,20 @@ from gossamer.core import GossamerError, Method
 from gossamer.methods.features.autoencoder import Dictionary
 from gossamer.methods.features.hooks import find_module
 from gossamer.methods.features.measure import DictionaryScore, score_rows
-from gossamer.methods.features.rules import Rule
+from gossamer.methods.features.objective import Layout
+from gossamer.methods.features.readers import Reader
+from gossamer.methods.features.rules import Rule, check_k
 from gossamer.methods.features.source import ActivationSource, check_sink_multiple
 from gossamer.methods.features.splicing import SplicedModel
 from gossamer.methods.features.training import Recipe, train
 from gossamer.models import Inputs, Progress, as_tokens, find_sites
 
-__all__ = ["DictionaryMethod"]
+__all__ = ["CountedMethod", "DictionaryMethod", "RevivedMethod"]
 
 _EXPANSION = 8
 _PASSES = 16
 _SCORED_ROWS = 1 << 15
+_WARMUP = 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +73,16 @@ class DictionaryMethod(Method):
 
     @abstractmethod
     def rule(self) -> Rule:
-        """A fresh selection rule with this method's parameters."""
+        """A fresh selection rule with this method's parameters, all of them resolved."""
+
+    def layout(self, source: ActivationSource) -> Layout:
+        """Which columns of the source's rows are what."""
+        return Layout(source.width)
+
+    @property
+    def warmup_rows(self) -> int:
+        """Rows over which a penalty rises to its weight: 5 % of the run."""
+        return (self.tokens or 0) // _WARMUP
 
     def recipe(self, steps: int, batch_size: int) -> Recipe:
         """How to train; a method overrides this to add its own terms."""
@@ -82,7 +94,7 @@ class DictionaryMethod(Method):
         return replace(
             self,
             hook=source.path,
-            width=_EXPANSION * source.width if self.width is None else self.width,
+            width=_EXPANSION * self.layout(source).reads if self.width is None else self.width,
             tokens=_PASSES * rows if self.tokens is None else self.tokens,
             batch_size=min(self.batch_size, max(1, rows)),
         )
@@ -102,7 +114,18 @@ class DictionaryMethod(Method):
         find_module(model, hook)
         if not isinstance(data, Inputs):
             data = as_tokens(data, model, seed=self.seed)
-        return ActivationSource(model, hook, data, seed=self.seed, sink_multiple=self.sink_multiple)
+        return ActivationSource(
+            model,
+            hook,
+            data,
+            seed=self.seed,
+            sink_multiple=self.sink_multiple,
+            reader=self.reader(model, hook),
+        )
+
+    def reader(self, model: nn.Module, hook: str) -> Reader | None:
+        """What reads other columns than the hook's output; None where that is all."""
+        return None
 
     def fit(
         self, model: nn.Module, data: Any = None, *, progress: Progress | None = None
@@ -124,10 +147,18 @@ class DictionaryMethod(Method):
         assert method.width is not None
         assert method.tokens is not None
         steps = max(1, method.tokens // method.batch_size)
-        recipe = method.recipe(steps, method.batch_size).resolved(source.width, method.width)
+        layout = method.layout(source)
+        recipe = method.recipe(steps, method.batch_size).resolved(layout.reads, method.width)
         batches, width = source.batches(method.batch_size), method.width
         method = replace(method, lr=recipe.lr)
-        made = train(batches, width=width, rule=method.rule(), recipe=recipe, progress=progress)
+        made = train(
+            batches,
+            width=width,
+            rule=method.rule(),
+            recipe=recipe,
+            layout=layout,
+            progress=progress,
+        )
         made.metadata |= source.metadata() | {"method": method.to_dict()}
         return method, made
 
@@ -147,7 +178,7 @@ class DictionaryMethod(Method):
         """
         source = self.source(model, data)
         method, made = self._fit(model, source, progress)
-        score = score_rows(made, source.head(_SCORED_ROWS))
+        score = score_rows(made, source.head(_SCORED_ROWS), method.layout(source))
         made.metadata["score"] = vars(score)
         return SplicedModel(method, model, made, source.path, score, keep_error=keep_error)
 
@@ -160,3 +191,47 @@ class DictionaryMethod(Method):
         score = DictionaryScore(**meta["score"])
         keep_error = meta["keep_error"]
         return SplicedModel(self, model, made, meta["hook"], score, keep_error=keep_error)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RevivedMethod(DictionaryMethod):
+    """Base of the methods that bring silent latents back with an auxiliary loss.
+
+    Parameters
+    ----------
+    aux_k : underused latents that model the error of a token; None: half the activations'
+        width; 0 turns the auxiliary loss off.
+    aux_coefficient : weight of the auxiliary loss, >= 0.
+    """
+
+    aux_k: int | None = None
+    aux_coefficient: float = 1 / 32
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.aux_k is not None and self.aux_k < 0:
+            raise GossamerError(f"aux_k is {self.aux_k}; give a whole number, at least 0")
+        if not 0 <= self.aux_coefficient < float("inf"):
+            raise GossamerError(f"aux_coefficient is {self.aux_coefficient}; it is at least 0")
+
+    def recipe(self, steps: int, batch_size: int) -> Recipe:
+        base = super().recipe(steps, batch_size)
+        return replace(base, aux_k=self.aux_k, aux_coefficient=self.aux_coefficient)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CountedMethod(RevivedMethod):
+    """Base of the methods that keep k latents of a token, each or on average.
+
+    Parameters
+    ----------
+    k : latents kept of each token, 1 <= k <= width.
+    """
+
+    k: int = 32
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_k(self.k)
+        if self.width is not None and self.width < self.k:
+            raise GossamerError(f"k is {self.k}, above the width {self.width}; lower k")
