@@ -72,7 +72,7 @@ def tiles_for(
         return Tiles(1, 64, 32, 4 if width <= 64 else 8, 2)
     if width > 128:
         return Tiles(heads, queries, 64, 8, 2)
-    return Tiles(heads, queries, keys, 8 if heads * queries == 128 else 4, 2)
+    return Tiles(heads, queries, 64, 4, 2)
 
 
 def describable(x: Tensor) -> bool:
@@ -97,9 +97,14 @@ def _gluon() -> bool:
     return True
 
 
-def hopper_fits(query: Tensor, key: Tensor, value: Tensor, block: tuple[int, int]) -> bool:
-    """Whether the kernel for Hopper takes a call: 16 bits, D = E of 64 or 128, even strides."""
-    width, share = query.shape[3], query.shape[1] // key.shape[1]
+def hopper_fits(
+    query: Tensor, key: Tensor, value: Tensor, block: tuple[int, int], lists: int
+) -> bool:
+    """Whether the kernel for Hopper takes a call: 16 bits, D = E of 64 or 128, even strides.
+
+    Blocks of 64 queries need two heads that read one of the ``lists`` of a batch row.
+    """
+    width, share = query.shape[3], query.shape[1] // lists
     return (
         query.device.type == "cuda"
         and _capability(query.device) == (9, 0)

@@ -51,23 +51,31 @@ def block_refusal(query: Tensor, key: Tensor, value: Tensor, block: tuple[int, i
     return None
 
 
-def block_backend(query: Tensor, key: Tensor, value: Tensor, block: tuple[int, int]) -> Ran:
-    """What ``auto`` runs."""
+def block_backend(
+    query: Tensor, key: Tensor, value: Tensor, block: tuple[int, int], lists: int = 1
+) -> Ran:
+    """What ``auto`` runs with so many lists for every batch row."""
     if block_refusal(query, key, value, block) is not None:
         return "reference"
     from gossamer.kernels.block_attention.forward import hopper_fits
 
-    return "hopper" if hopper_fits(query, key, value, block) else "triton"
+    fits = hopper_fits(query, key, value, block, max(lists, key.shape[1]))
+    return "hopper" if fits else "triton"
 
 
 def _choose(
-    backend: Backend, query: Tensor, key: Tensor, value: Tensor, block: tuple[int, int]
+    backend: Backend,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block: tuple[int, int],
+    lists: int,
 ) -> Ran:
     if backend not in get_args(Backend):
         raise unknown("backend", backend, get_args(Backend))
     if backend == "reference":
         return backend
-    found = block_backend(query, key, value, block)
+    found = block_backend(query, key, value, block, lists)
     if backend == "auto" or backend == found or (backend, found) == ("triton", "hopper"):
         return found if backend == "auto" else backend
     reason = block_refusal(query, key, value, block) or (
@@ -147,7 +155,8 @@ def block_attention(
         On shapes that do not fit, or a named backend that cannot run.
     """
     _check(query, key, value, indptr, block)
-    chosen = _choose(backend, query, key, value, block)
+    lists = max(indptr.shape[1], key.shape[1], 1 if columns is None else columns.shape[1])
+    chosen = _choose(backend, query, key, value, block, lists)
     options = {
         "query_offset": query_offset,
         "window": window,
@@ -165,7 +174,6 @@ def block_attention(
         )
     from gossamer.kernels.block_attention.forward import Lists, forward
 
-    lists = max(indptr.shape[1], key.shape[1], 1 if columns is None else columns.shape[1])
     found = Lists(
         indptr=_spread(indptr, lists),
         indices=indices.to(torch.int32).contiguous(),
