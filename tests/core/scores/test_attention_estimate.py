@@ -8,6 +8,7 @@ from scipy.spatial.distance import jensenshannon
 
 from gossamer.core.scores.attention_estimate import (
     block_means,
+    diagonal_blocks,
     diagonal_sums,
     jensen_shannon,
     last_query_weights,
@@ -93,3 +94,17 @@ def test_mass_count_worked_example():
     weights = torch.tensor([0.5, 0.2, 0.2, 0.1], dtype=torch.float64)
     counts = [int(mass_count(weights, mass)) for mass in (0.0, 0.4, 0.6, 0.85, 0.95, 2.0)]
     assert counts == [1, 1, 2, 3, 4, 4]
+
+
+@given(size=st.integers(1, 5), blocks=st.integers(2, 5), apart=st.integers(0, 24))
+@settings(max_examples=40, deadline=None)
+def test_distances_are_shared_by_the_diagonals_they_cross(size, blocks, apart):
+    length = size * blocks
+    apart %= length
+    slash = torch.zeros(length).index_fill(0, torch.tensor(apart), 1.0)
+    got = diagonal_blocks(slash, size)
+    # Queries of one block far down, each reading the key so far back.
+    at = torch.arange(1000 * size, 1001 * size)
+    crossed = (1000 - (at - apart) // size).clamp_max(blocks - 1)
+    want = torch.bincount(crossed, minlength=blocks) / size
+    torch.testing.assert_close(got, want.to(got))

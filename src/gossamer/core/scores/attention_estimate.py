@@ -12,6 +12,7 @@ from torch import Tensor
 __all__ = [
     "block_means",
     "block_weights",
+    "diagonal_blocks",
     "diagonal_sums",
     "jensen_shannon",
     "last_query_weights",
@@ -144,6 +145,33 @@ def block_weights(
     (B, G, n, m); rows sum to 1.
     """
     return last_query_weights(query, key, scale, seen, softcap)
+
+
+def diagonal_blocks(slash: Tensor, block: int) -> Tensor:
+    """Mass of every diagonal of square blocks, from the mass at every distance.
+
+    Pairs o apart, with o = d * block + r, lie in the block diagonals d and d + 1 in the
+    proportion block - r to r.
+
+    Parameters
+    ----------
+    slash : (..., K) by distance. block : queries and keys of a block.
+
+    Returns
+    -------
+    (..., n) for the n = ceil(K / block) nearest diagonals; what crosses the last one is its own.
+
+    >>> diagonal_blocks(torch.tensor([1.0, 2.0, 4.0, 0.0]), 2).tolist()
+    [2.0, 5.0]
+    """
+    grid = torch.nn.functional.pad(slash, (0, -slash.shape[-1] % block))
+    grid = grid.view(*slash.shape[:-1], -1, block)
+    crossing = torch.arange(block, device=slash.device, dtype=slash.dtype) / block
+    over = (grid * crossing).sum(-1)
+    own = grid.sum(-1) - over
+    own[..., 1:] += over[..., :-1]
+    own[..., -1] += over[..., -1]
+    return own
 
 
 def jensen_shannon(first: Tensor, second: Tensor) -> Tensor:
