@@ -143,8 +143,11 @@ class DoubleSparsity(AttentionMethod):
         for name in ("local", "samples", "sample_length"):
             check_count(name, getattr(self, name), 1)
 
-    def plan(
-        self, model: nn.Module, data: Any, length: int, progress: Progress | None = None
+    def plan(self, model: nn.Module, data: Any, length: int) -> LabelSelector:
+        return self.planned(model, data, length, None)
+
+    def planned(
+        self, model: nn.Module, data: Any, length: int, progress: Progress | None
     ) -> LabelSelector:
         rows = calibration_rows(self.key(), data, model, self.samples, self.sample_length)
         loads: dict[int, Tensor] = {}
