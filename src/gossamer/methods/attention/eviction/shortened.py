@@ -3,13 +3,12 @@
 The layer keeps saying how long the sequence is, so positions, masks and ``generate`` go on as
 before; only its tensors are shorter. What :meth:`Shortened.update` returns are plain tensors, the
 kept keys of a head followed by the new ones, without a word on where they stood: attention must be
-told which of them are padding (:class:`PackedIndex`). After the method that shortened it was
+told which of them are padding (``eviction/packed.py``). After the method that shortened it was
 restored nobody could tell, so it refuses then.
 Shapes: B = sequences, G = key-value heads, D, E = widths of keys and values, M = most kept keys
 of a head, N = kept keys in all, T = tokens that came later, Q = queries.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,12 +16,10 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 from gossamer.core import GossamerError
-from gossamer.methods.attention.eviction.ragged import Ragged, from_right
-from gossamer.methods.attention.index import KeyIndex
-from gossamer.methods.attention.layout import Layout
+from gossamer.methods.attention.eviction.ragged import Ragged
 from gossamer.methods.attention.memory import watched
 
-__all__ = ["PackedIndex", "Shortened", "held_bytes", "shorten", "why_not"]
+__all__ = ["Shortened", "held_bytes", "shorten", "why_not"]
 
 
 def why_not(layer: Any) -> str | None:
@@ -198,56 +195,3 @@ def held_bytes(cache: Any) -> int:
             if name != "gossamer_state":
                 count(value)
     return sum(seen.values())
-
-
-@dataclass(frozen=True, eq=False)
-class PackedIndex(KeyIndex):
-    """All keys that a shortened cache layer still holds.
-
-    Parameters
-    ----------
-    layout : the call over what is held. The new keys stand at the end, so causality is as ever.
-    model : the call as the model sees it, over all keys there ever were.
-    held : bool, (B, G, M + T), places of the returned tensors that hold a key of the head.
-    """
-
-    layout: Layout
-    model: Layout
-    held: Tensor
-
-    @classmethod
-    def over(cls, model: Layout, counts: Tensor, later: int) -> "PackedIndex":
-        """The index of a call on a shortened layer.
-
-        Parameters
-        ----------
-        model : its layout. counts : (B, G), keys held of each head, the later ones included.
-        later : T, of these those that came after the eviction.
-        """
-        size = int(counts.max())
-        name = ("packed", size)
-        if name not in model.memo:
-            model.memo[name] = Layout(
-                model.batch,
-                model.queries,
-                size,
-                query_offset=size - model.queries,
-                device=model.device,
-            )
-        held = from_right(counts, size)
-        if model.padding is not None and later:
-            held[:, :, size - later :] &= model.padding[:, None, model.end - later : model.end]
-        return cls(model.memo[name], model, held)
-
-    @property
-    def whole(self) -> bool:
-        return bool(self.held.all())
-
-    def mask(self, rows: slice | None = None) -> Tensor:
-        return self.layout.mask(rows) & self.held[:, :, None, :]
-
-    def pairs(self) -> tuple[int, int]:
-        """Pairs held, and pairs the model would read had nothing been evicted."""
-        seen = self.model.mask()
-        rows = max(len(self.held), len(seen))
-        return int(self.mask().sum()), int(seen.sum()) * (rows // len(seen)) * self.held.shape[1]

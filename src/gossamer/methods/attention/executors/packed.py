@@ -1,0 +1,24 @@
+"""The packed executor: attention over what a shortened cache holds, heads of any length."""
+
+from torch import Tensor
+
+from gossamer.methods.attention.eviction.packed import PackedIndex
+from gossamer.methods.attention.executor import Call, Executor, attend
+from gossamer.methods.attention.index import KeyIndex
+
+__all__ = ["Packed"]
+
+
+class Packed(Executor):
+    """Fused attention over the longest head's places; shorter heads mask theirs at the front."""
+
+    name = "packed"
+
+    def refusal(self, call: Call | None, index: KeyIndex) -> str | None:
+        return None if isinstance(index, PackedIndex) else "the cache holds all keys"
+
+    def worth(self, call: Call | None, index: KeyIndex) -> bool:
+        return True
+
+    def run(self, call: Call, index: KeyIndex) -> Tensor:
+        return attend(call, call.grouped_query(), call.key, call.value, index.mask()).flatten(1, 2)
