@@ -46,8 +46,8 @@ def by_hand(plant, head, size, gamma, tau, least):
             apart = length - size + i - j
             share = (apart % size) / size
             slash[apart // size] += float(tail[i, j]) * (1 - share) / size
-            over = min(apart // size + 1, count - 1)
-            slash[over] += float(tail[i, j]) * share / size
+            if apart // size + 1 < count:
+                slash[apart // size + 1] += float(tail[i, j]) * share / size
     query = plant.query[0, head].double().view(count, size, -1).mean(1)
     key = plant.key[0, head].double().view(count, size, -1).mean(1)
     score = query @ key.T / math.sqrt(key.shape[1])

@@ -47,8 +47,8 @@ def run_adaptive(seed: int) -> Figures:
     figures: dict[str, float] = {}
     for gamma in GAMMAS:
         found = fixed(plant, flex(gamma))
-        figures[f"mass_{gamma}"] = float(found.mass.mean())
-        figures[f"least_{gamma}"] = float(found.mass.min())
+        figures[f"mass_{100 * gamma:.0f}"] = float(found.mass.mean())
+        figures[f"least_{100 * gamma:.0f}"] = float(found.mass.min())
     found = fixed(plant, flex())
     figures["density"] = float(found.density.mean())
     figures["mass"] = float(found.mass.mean())
@@ -66,14 +66,14 @@ def run_adaptive(seed: int) -> Figures:
 def check_adaptive(figures: Sequence[Figures]) -> Verdict:
     """The card's assertions: monotone, within the slack, adaptive, above a fixed budget."""
     for f in figures:
-        masses = [f[f"mass_{gamma}"] for gamma in GAMMAS]
+        masses = [f[f"mass_{100 * gamma:.0f}"] for gamma in GAMMAS]
         if sorted(masses) != masses or f["mass"] <= f["window"]:
             return Verdict.FAILS
     good = all(
         f["heads"] >= 2.0
         and f["prompts"] >= 1.3
         and f["mass"] >= f["same"]
-        and all(f[f"mass_{gamma}"] >= gamma - SLACK for gamma in GAMMAS)
+        and all(f[f"mass_{100 * gamma:.0f}"] >= gamma - SLACK for gamma in GAMMAS)
         for f in figures
     )
     return Verdict.HOLDS if good else Verdict.WEAKER
@@ -85,20 +85,20 @@ def run_model(seed: int) -> Figures:
     figures: dict[str, float] = {}
     for gamma in GAMMAS:
         rows = measured(flex(gamma), tokens)
-        figures[f"mass_{gamma}"] = sum(r.mass for r in rows) / len(rows)
-        figures[f"density_{gamma}"] = sum(r.density for r in rows) / len(rows)
-    figures |= controls(figures["density_0.9"], tokens, seed)
+        figures[f"mass_{100 * gamma:.0f}"] = sum(r.mass for r in rows) / len(rows)
+        figures[f"density_{100 * gamma:.0f}"] = sum(r.density for r in rows) / len(rows)
+    figures |= controls(figures["density_90"], tokens, seed)
     return figures
 
 
 def check_model(figures: Sequence[Figures]) -> Verdict:
     """Monotone and above chance; ``weaker`` below gamma - 0.05 or below the window."""
     for f in figures:
-        masses = [f[f"mass_{gamma}"] for gamma in GAMMAS]
-        if sorted(masses) != masses or f["mass_0.9"] <= f["random"]:
+        masses = [f[f"mass_{100 * gamma:.0f}"] for gamma in GAMMAS]
+        if sorted(masses) != masses or f["mass_90"] <= f["random"]:
             return Verdict.FAILS
-    good = all(f[f"mass_{gamma}"] >= gamma - SLACK for f in figures for gamma in GAMMAS)
-    good = good and all(f["mass_0.9"] > f["window"] for f in figures)
+    good = all(f[f"mass_{100 * gamma:.0f}"] >= gamma - SLACK for f in figures for gamma in GAMMAS)
+    good = good and all(f["mass_90"] > f["window"] for f in figures)
     return Verdict.HOLDS if good else Verdict.WEAKER
 
 
@@ -115,8 +115,8 @@ CLAIMS = (
         "blocks",
         run=run_adaptive,
         check=check_adaptive,
-        ours="mass {mass_0.8:.3f}, {mass_0.9:.3f}, {mass_0.95:.3f}, {mass_0.99:.3f} along gamma "
-        "(worst head {least_0.8:.3f} to {least_0.99:.3f}); at 0.9 density {density:.3f}, one "
+        ours="mass {mass_80:.3f}, {mass_90:.3f}, {mass_95:.3f}, {mass_99:.3f} along gamma "
+        "(worst head {least_80:.3f} to {least_99:.3f}); at 0.9 density {density:.3f}, one "
         "budget for all {same:.3f} at {same_density:.3f}, window {window:.3f}; densest head "
         "{heads:.1f}x the sparsest, hard prompt {prompts:.1f}x the easy one",
     ),
@@ -130,8 +130,8 @@ CLAIMS = (
         "random keys at the density of gamma 0.9",
         run=run_model,
         check=check_model,
-        ours="mass {mass_0.8:.3f}, {mass_0.9:.3f}, {mass_0.95:.3f}, {mass_0.99:.3f} at density "
-        "{density_0.8:.3f}, {density_0.9:.3f}, {density_0.95:.3f}, {density_0.99:.3f}; window "
+        ours="mass {mass_80:.3f}, {mass_90:.3f}, {mass_95:.3f}, {mass_99:.3f} at density "
+        "{density_80:.3f}, {density_90:.3f}, {density_95:.3f}, {density_99:.3f}; window "
         "{window:.3f}, random {random:.3f}",
         tier="small",
         portable=True,

@@ -159,7 +159,7 @@ def diagonal_blocks(slash: Tensor, block: int) -> Tensor:
 
     Returns
     -------
-    (..., n) for the n = ceil(K / block) nearest diagonals; what crosses the last one is its own.
+    (..., n) for the n = ceil(K / block) nearest diagonals; what crosses the last one is lost.
 
     >>> diagonal_blocks(torch.tensor([1.0, 2.0, 4.0, 0.0]), 2).tolist()
     [2.0, 5.0]
@@ -170,7 +170,6 @@ def diagonal_blocks(slash: Tensor, block: int) -> Tensor:
     over = (grid * crossing).sum(-1)
     own = grid.sum(-1) - over
     own[..., 1:] += over[..., :-1]
-    own[..., -1] += over[..., -1]
     return own
 
 

@@ -103,6 +103,11 @@ class FlexSelector(Selector):
         """Blocks (b, G, n, m) in columns and diagonals that cover gamma, and who is query-aware."""
         aware, vertical, slash = self._trusted(call, grid, tail, mean_key)
         slash = diagonal_blocks(slash, grid.wide)
+        # A row's own diagonals end where its padding begins.
+        begin = grid.begin[tail.rows] if len(grid.begin) > 1 else grid.begin
+        reach = (tail.key.shape[2] - begin + grid.wide - 1) // grid.wide
+        there = torch.arange(slash.shape[-1], device=slash.device) < reach.view(-1, 1, 1)
+        slash = slash.masked_fill(~there, 0.0)
         columns, diagonals = (self._covering(mass, aware) for mass in (vertical, slash))
         diagonals = torch.nn.functional.pad(diagonals, (0, grid.shape[1] - diagonals.shape[-1]))
         kept = columns[:, :, None, :].expand(-1, -1, grid.shape[0], -1).clone()
@@ -197,7 +202,8 @@ class FlexPrefill(AttentionMethod):
     )
     phases: ClassVar = frozenset({"prefill"})
     full: ClassVar = {"gamma": 1.0}
-    example: ClassVar = {"gamma": 0.5, "block_size": 2, "budget_tokens": 2}
+    example: ClassVar = {"gamma": 0.8, "block_size": 4, "budget_tokens": 4}
+    peeks: ClassVar = "blocks of all queries are chosen by what the last queries of the call read"
     chunked: ClassVar = "estimates come from the last block of queries of each chunk"
     exempt: ClassVar = {
         "dense at sparsity 0": "it has no sparsity: gamma sets a mass",
