@@ -17,10 +17,20 @@ from gossamer.claims.base import Figures, Tier
 from gossamer.methods.features.autoencoder import Dictionary
 from gossamer.methods.features.base import DictionaryMethod
 from gossamer.methods.features.measure import antiparallel, matched_cosine, score_rows
+from gossamer.methods.features.rules import Rule
 from gossamer.methods.features.toy import Hierarchy, Superposition
 from gossamer.methods.features.training import train
 
-__all__ = ["BEDS", "figures_of", "fitted", "held_out", "on_bed", "one_thread", "random_figures"]
+__all__ = [
+    "BEDS",
+    "figures_of",
+    "fitted",
+    "held_out",
+    "on_bed",
+    "one_thread",
+    "random_figures",
+    "trained",
+]
 
 BEDS: dict[Tier, Superposition] = {
     "smoke": Superposition(d_in=24, atoms=48, active=3.0),
@@ -43,12 +53,19 @@ def one_thread() -> Iterator[None]:
 
 @cache
 def fitted(bed: Superposition | Hierarchy, method: DictionaryMethod, tier: Tier) -> Dictionary:
-    """A dictionary trained with a method's own rule and recipe on a bed.
+    """A dictionary trained with a method's own rule and recipe on a bed, once.
 
     Parameters
     ----------
     method : with its width; a rate it leaves open is the tier's.
     """
+    return trained(bed, method, tier)
+
+
+def trained(
+    bed: Superposition | Hierarchy, method: DictionaryMethod, tier: Tier, rule: Rule | None = None
+) -> Dictionary:
+    """As :func:`fitted`, with another rule for an ablation, and anew at every call."""
     assert method.width is not None
     steps, batch = _STEPS[tier]
     full = replace(method, tokens=steps * batch, lr=method.lr or _RATES[tier])
@@ -56,7 +73,7 @@ def fitted(bed: Superposition | Hierarchy, method: DictionaryMethod, tier: Tier)
         return train(
             bed.batches(batch, seed=method.seed),
             width=method.width,
-            rule=full.rule(),
+            rule=full.rule() if rule is None else rule,
             recipe=full.recipe(steps, batch),
         )
 
@@ -67,10 +84,12 @@ def held_out(bed: Superposition | Hierarchy, rows: int = 16384) -> list[Tensor]:
 
 
 def figures_of(name: str, bed: Superposition, made: Dictionary) -> Figures:
-    """FVU, L0, dead share, shrinkage, true atoms found and antiparallel atoms, by name."""
+    """FVU, L0, dead and rare latents, shrinkage, atoms found and antiparallel, by name."""
     with one_thread():
-        score = score_rows(made, held_out(bed))
+        rows = held_out(bed)
+        score = score_rows(made, rows)
         return {
+            f"rare_{name}": _rare(made, rows),
             f"fvu_{name}": score.fvu,
             f"l0_{name}": score.l0,
             f"dead_{name}": score.dead,
@@ -78,6 +97,14 @@ def figures_of(name: str, bed: Superposition, made: Dictionary) -> Figures:
             f"mcc_{name}": matched_cosine(made.W_dec, bed.true_atoms()),
             f"twins_{name}": antiparallel(made.W_dec),
         }
+
+
+@torch.no_grad()
+def _rare(made: Dictionary, rows: list[Tensor]) -> float:
+    """Share of latents that fire less often than a tenth of the median."""
+    fired = torch.cat([made.codes(part).fired() for part in rows])
+    counts = torch.bincount(fired, minlength=made.d_sae).double()
+    return float((counts < 0.1 * counts.median()).double().mean())
 
 
 def on_bed(name: str, method: DictionaryMethod, tier: Tier, *, signed: bool = False) -> Figures:
@@ -97,6 +124,4 @@ def random_figures(tier: Tier, method: DictionaryMethod, *, signed: bool = False
     bed = replace(BEDS[tier], seed=method.seed, signed=signed)
     width = method.width or 2 * bed.atoms
     rule = replace(method, width=width, tokens=1).rule().eval()
-    return figures_of(
-        "random", bed, Dictionary.random(bed.d_in, width, rule, seed=method.seed + 1)
-    )
+    return figures_of("random", bed, Dictionary.random(bed.d_in, width, rule, seed=method.seed + 1))

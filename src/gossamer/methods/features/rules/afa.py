@@ -42,10 +42,13 @@ class TopAFA(Rule):
         loud = pre.detach().relu() * batch.atoms.detach().norm(dim=1)
         goal = torch.linalg.vector_norm((batch.rows - batch.offset).detach(), dim=1)
         latents = pre.shape[1]
+        # Silent latents would all tie at the edge; below zero they have an order, the columns'.
+        below = -torch.arange(1, latents + 1, dtype=loud.dtype, device=loud.device)
+        ranked = torch.where(loud > 0, loud, below)
         # A full sort is rarely needed: widen until every row has reached its norm.
         wide = min(_FIRST, latents)
         while True:
-            order = top_rows(loud, wide)
+            order = top_rows(ranked, wide)
             sizes, rank = loud.gather(1, order).sort(dim=1, descending=True, stable=True)
             order, lengths = order.gather(1, rank), sizes.square().cumsum(1).sqrt()
             if wide == latents or bool((lengths[:, -1] >= goal).all()):
