@@ -25,35 +25,45 @@ class LayerState:
     ----------
     tensors : batch first; their rows follow the cache's. seen : keys they cover; 0 means nothing
         is known yet, and the selector builds them from the call's keys, which are all there.
+    keyed : tensors (B, K, ...) with one place per key, for what cannot be built from the call's
+        keys; a crop cuts them as it cuts the cache.
     facts : plain numbers, the same for all rows.
     """
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
+    keyed: dict[str, Tensor] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
     seen: int = 0
 
     def clear(self) -> None:
         """Know nothing again."""
+        self.crop(0)
+
+    def crop(self, length: int) -> None:
+        """Know nothing but the first ``length`` keys of what is stored per key."""
         self.tensors.clear()
         self.facts.clear()
         self.seen = 0
+        self.keyed = {n: t[:, :length] for n, t in self.keyed.items()} if length else {}
 
     def reorder(self, rows: Tensor) -> None:
         """Row i becomes what row ``rows[i]`` was."""
-        for name, tensor in self.tensors.items():
-            self.tensors[name] = tensor.index_select(0, rows.to(tensor.device))
+        for held in (self.tensors, self.keyed):
+            for name, tensor in held.items():
+                held[name] = tensor.index_select(0, rows.to(tensor.device))
 
     def repeat(self, times: int) -> None:
         """Every row ``times`` times in a row."""
-        for name, tensor in self.tensors.items():
-            self.tensors[name] = tensor.repeat_interleave(times, dim=0)
+        for held in (self.tensors, self.keyed):
+            for name, tensor in held.items():
+                held[name] = tensor.repeat_interleave(times, dim=0)
 
 
 _FOLLOWS: dict[str, Callable[[LayerState, Any], None]] = {
     "reorder_cache": lambda state, rows: state.reorder(rows),
     "batch_repeat_interleave": lambda state, times: state.repeat(times),
     "batch_select_indices": lambda state, rows: state.reorder(_numbers(rows)),
-    "crop": lambda state, _: state.clear(),
+    "crop": lambda state, length: state.crop(length),
     "reset": lambda state, _: state.clear(),
 }
 """What a state does when its cache layer is told to."""
@@ -68,7 +78,9 @@ def _followed(kind: type, name: str) -> Callable[..., None]:
 
     def method(self: Any, *args: Any, **options: Any) -> None:
         own(self, *args, **options)
-        follow(self.gossamer_state, next(iter([*args, *options.values()]), None))
+        given = next(iter([*args, *options.values()]), None)
+        # What a layer calls a crop's argument differs by version; its length afterwards does not.
+        follow(self.gossamer_state, self.get_seq_length() if name == "crop" else given)
 
     return method
 
