@@ -149,9 +149,18 @@ def text_fields(parts: list[str]) -> dict[str, str]:
 def parse_method(text: str, **values: Any) -> Method:
     """A method from its text form ``key`` or ``key:field=value:field=value``.
 
-    Keyword values fill fields that the text leaves open and the method has; fields that the
+    ``first+second`` is the sum of two methods, where a family defines one. Keyword values fill fields that the text leaves open and the method has; fields that the
     method does not have are passed over, so one grid serves methods of several families.
     """
+    first, *others = re.split(r"\+(?=[a-z])", text.strip())
+    if others:
+        total: Any = parse_method(first, **values)
+        for other in others:
+            term = parse_method(other, **values)
+            if not hasattr(total, "__add__"):
+                raise GossamerError(f"{first} and {other} do not add up; give one of them")
+            total = total + term
+        return total
     key, *parts = split_text(text)
     cls = get(key)
     given = text_fields(parts)

@@ -42,7 +42,7 @@ def measure(model: nn.Module, tokens: Tokens, seed: int) -> Figures:
     control = RandomKeys(budget_tokens=KEYS, seed=seed, length=tokens.length)
     with control.apply(model) as work:
         figures["random"] = late_loss(model, tokens, KEYS)
-        work.measure(tokens)
+        work.measure(tokens.slice(1), decode=0)
         figures["random_sparsity"] = work.report().sparsity
     return figures
 

@@ -23,7 +23,7 @@ from gossamer.models import Applied, Report, SiteRow, State, Tokens, find_sites
 if TYPE_CHECKING:
     from gossamer.methods.attention.base import AttentionMethod
 
-__all__ = ["KVBytes", "SparseAttention"]
+__all__ = ["KVBytes", "SparseAttention", "attention_shape"]
 
 # Arguments that change the result of attention and that no executor here knows.
 _FOREIGN = ("position_bias", "indices", "block_indices", "cache", "head_mask")
@@ -219,7 +219,8 @@ class SparseAttention(Applied):
     def state(self) -> State:
         own = self.selector.state()
         measured = [row._asdict() for row in self.measured]
-        return State({**own.meta, "length": self.length, "measured": measured}, own.tensors)
+        meta = {**own.meta, "length": self.length, "measured": measured}
+        return State({**meta, "shape": attention_shape(self.model)}, own.tensors)
 
     def report(self) -> Report:
         rows = []
@@ -303,6 +304,16 @@ class SparseAttention(Applied):
         if "attention.k" in shapes:
             return (shapes["attention.k"][0] + shapes["attention.v"][0]) * size
         return (shapes["attention.qkv"][0] - shapes["attention.o"][1]) * size
+
+
+def attention_shape(model: nn.Module) -> str:
+    """Layers and heads of a model in words: what a plan for its heads fits."""
+    config: Any = model.config
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    heads = config.num_attention_heads
+    shared = getattr(config, "num_key_value_heads", None) or heads
+    layers = len(find_sites(model).attentions)
+    return f"{layers} layers of {heads} heads, {shared} key-value heads"
 
 
 def _phase_note(measured: Iterable[Kept], phase: str) -> str:

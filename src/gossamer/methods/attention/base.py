@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor, nn
 
 from gossamer.core import GossamerError, Method, check_count
-from gossamer.methods.attention.applied import SparseAttention
+from gossamer.methods.attention.applied import SparseAttention, attention_shape
 from gossamer.methods.attention.executors import check_backend
 from gossamer.methods.attention.layout import PHASES, Phase
 from gossamer.methods.attention.selector import Selector
@@ -53,6 +53,8 @@ class AttentionMethod(Method):
     """Parameters at which nothing is removed, for the contract checks."""
     chunked: ClassVar[str] = ""
     """Why a prompt given in chunks differs from one given at once, if it does."""
+    peeks: ClassVar[str] = ""
+    """Why the choice for a query depends on later queries of the same call, if it does."""
     selects: ClassVar[bool] = True
     """Keys are chosen by looking at them, so the choice must beat chance and a window."""
 
@@ -115,6 +117,12 @@ class AttentionMethod(Method):
     def reattach(
         self, model: nn.Module, meta: Mapping[str, Any], tensors: Mapping[str, Any]
     ) -> SparseAttention:
+        made, here = meta.get("shape"), attention_shape(model)
+        if made not in (None, here):
+            raise GossamerError(
+                f"this {self.key()} plan was made for a model of {made}; {type(model).__name__} "
+                f"has {here}: apply the method anew"
+            )
         work = SparseAttention(self, model, self.replan(meta, tensors), int(meta["length"]))
         work.remember(meta.get("measured", ()))
         return work

@@ -34,7 +34,7 @@ class RandomSelector(OracleSelector):
         draw = uniform_random(shape, seed=(1000 * self.seed + layer) * 1_000_003 + place)
         own = layout.query_index[rows][:, None] == layout.key_index
         score = draw.masked_fill(own, 1e3)
-        return score.masked_fill(~layout.mask(rows), -torch.inf).expand(-1, call.groups[0], -1, -1)
+        return score.masked_fill(~layout.mask(rows), -torch.inf)
 
     def state(self) -> State:
         return State(asdict(self))
@@ -71,6 +71,7 @@ class RandomKeys(AttentionMethod):
     selects: ClassVar = False
     chunked: ClassVar = "the lot is drawn anew for every call"
     exempt: ClassVar = {
+        "padding": "the lot falls on places of the padded sequence",
         "exact sparsity": "every query keeps whole keys, at least one",
         "encoders": "the family works on causal decoders",
     }

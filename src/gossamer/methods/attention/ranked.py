@@ -82,11 +82,9 @@ def true_mass(call: Call, layout: Layout, rows: slice) -> Tensor:
 
 def first_ranks(score: Tensor, count: Tensor) -> Tensor:
     """The ``count`` (..., 1) largest entries of every row, ties to the lower place."""
-    order = score.argsort(dim=-1, descending=True, stable=True)
-    rank = torch.empty_like(order)
-    places = torch.arange(score.shape[-1], device=score.device).expand_as(order)
-    rank.scatter_(-1, order, places)
-    return rank < count
+    order = score.sort(dim=-1, descending=True, stable=True).indices
+    first = torch.arange(score.shape[-1], device=score.device) < count
+    return torch.zeros_like(first).scatter(-1, order, first)
 
 
 def check_one_budget(sparsity: float | None, budget: int | None) -> None:

@@ -88,6 +88,9 @@ class StreamingLLM(AttentionMethod):
         "the cache keeps all keys",
     )
 
+    full: ClassVar = {"sparsity": 0.0}
+    selects: ClassVar = False
+
     exempt: ClassVar = {
         "exact sparsity": "a window has whole keys: the widest that removes at least the sparsity",
         "encoders": "sinks and a causal window belong to decoders",
