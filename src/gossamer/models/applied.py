@@ -72,12 +72,12 @@ class Report:
     @property
     def sparsity(self) -> float:
         """Share removed over the sites, weighted by their size."""
-        return fsum(r.sparsity * r.size for r in self.rows) / self.size if self.rows else 0.0
+        return fsum(r.sparsity * r.size for r in self.rows) / self.size if self.size else 0.0
 
     @property
     def sparsity_all(self) -> float:
         """Share removed over the whole model."""
-        return fsum(r.sparsity * r.size for r in self.rows) / self.all_size if self.rows else 0.0
+        return fsum(r.sparsity * r.size for r in self.rows) / self.all_size if self.all_size else 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values, for JSON."""

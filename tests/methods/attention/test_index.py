@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from gossamer.core import GossamerError
 from gossamer.core.pattern import Window
-from gossamer.methods.attention.index import BlockIndex, WindowIndex, pairs_in_window
+from gossamer.methods.attention.index import BlockIndex, FullIndex, WindowIndex, pairs_in_window
 from gossamer.methods.attention.layout import Layout
 
 
@@ -102,3 +102,42 @@ def test_wrong_block_lists_are_refused():
         BlockIndex(layout, (2, 2), torch.zeros(1, 1, 2, dtype=torch.long), torch.zeros(0).long())
     with pytest.raises(GossamerError, match="outside"):
         BlockIndex(layout, (2, 2), torch.tensor([[[0, 1, 1]]]), torch.tensor([2]))
+
+
+@given(
+    queries=st.integers(1, 30),
+    past=st.integers(0, 20),
+    high=st.integers(1, 7),
+    wide=st.integers(1, 7),
+    named=st.integers(0, 6),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=80, deadline=None)
+def test_counting_by_blocks_is_counting_pairs(queries, past, high, wide, named, seed):
+    generator = torch.Generator().manual_seed(seed)
+    layout = Layout(2, queries, queries + past, query_offset=past)
+    size = (2, 3, -(-queries // high), -(-(queries + past) // wide))
+    kept = torch.rand(size, generator=generator) < 0.4
+    order = torch.rand(2, 3, queries + past, generator=generator).argsort(-1)
+    columns = order[..., : min(named, queries + past)].sort(-1).values
+    columns = torch.nn.functional.pad(columns, (0, 2), value=-1)
+    index = BlockIndex.from_blocks(layout, kept, (high, wide), columns)
+    mask = index.mask()
+    assert index.pairs() == (int(mask.sum()), 6 * int(layout.mask().sum()))
+    for k in columns[1, 2, :-2].tolist():
+        assert torch.equal(mask[1, 2, :, k], layout.mask()[0, 0, :, k])
+    assert torch.equal(index.mask(slice(1, 3)), mask[:, :, 1:3])
+
+
+def test_columns_of_another_shape_are_refused():
+    layout = Layout(1, 4, 4)
+    kept = torch.ones(1, 2, 2, 2, dtype=torch.bool)
+    with pytest.raises(GossamerError, match="columns"):
+        BlockIndex.from_blocks(layout, kept, (2, 2), torch.zeros(1, 1, 1, dtype=torch.long))
+
+
+def test_a_full_index_is_the_model_s_mask():
+    layout = Layout(1, 3, 5, query_offset=2)
+    assert FullIndex(layout).whole
+    assert torch.equal(FullIndex(layout).mask(), layout.mask())
+    assert FullIndex(layout).pairs() == (12, 12)
