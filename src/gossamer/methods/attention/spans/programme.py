@@ -23,8 +23,11 @@ Array = np.ndarray
 BETAS = tuple(step / 8 for step in range(9))
 """Shares of the length, nine as in the paper."""
 
-_GAP = 1e-4
+_GAP = 1e-3
 """Relative gap at which the solver stops: far below the error of the influence itself."""
+
+_NODES = 500
+"""Nodes of the search tree per programme: a count, unlike a time, is the same on any machine."""
 
 
 @dataclass(frozen=True)
@@ -114,16 +117,16 @@ def solve(problem: Problem, goal: int, caps: Array | None = None) -> Array | Non
         constraints=limits,
         integrality=np.ones(size),
         bounds=Bounds(0, 1),
-        options={"mip_rel_gap": _GAP, "time_limit": 60.0},
+        options={"mip_rel_gap": _GAP, "node_limit": _NODES},
     )
     return None if found.x is None else found.x.reshape(units, options).argmax(1)
 
 
-def pareto(problem: Problem, levels: int = 3) -> tuple[Array, ...]:
+def pareto(problem: Problem, levels: int = 2) -> tuple[Array, ...]:
     """Choices that no other found choice beats at every length.
 
     First the best choice for each length alone; then the loss at the longest length is minimised
-    under caps on the others, at ``levels`` steps between their best and worst values.
+    under caps on the others, at ``levels`` steps strictly between their best and worst values.
 
     Raises
     ------
@@ -142,10 +145,9 @@ def pareto(problem: Problem, levels: int = 3) -> tuple[Array, ...]:
     if count > 1 and choices:
         table = np.array([problem.losses(choice) for choice in choices])
         low, high = table.min(0), table.max(0)
-        steps = [np.linspace(low[n], high[n], levels) for n in range(count - 1)]
+        steps = [np.linspace(low[n], high[n], levels + 2)[1:-1] for n in range(count - 1)]
         for caps in product(*steps):
-            slack = 1e-6 * np.maximum(1e-12, high - low)
-            choice = solve(problem, count - 1, np.array([*caps, np.inf]) + slack)
+            choice = solve(problem, count - 1, np.array([*caps, np.inf]))
             if choice is not None:
                 choices.append(choice)
     unique = {tuple(choice.tolist()): choice for choice in choices}
