@@ -181,6 +181,21 @@ class TestContract:
                 b = model(step[order], past_key_values=twin, use_cache=True).logits
         torch.testing.assert_close(a, b[order], atol=1e-5, rtol=1e-4)
 
+    @pytest.mark.parametrize("name", ["mistral", "gemma2", "gemma3", "gpt2", "opt"])
+    def test_other_architectures_decode(self, key, name):
+        """Sliding windows, capped scores, learned positions, heads without groups."""
+        model, prompt = generator(name), ids()
+        if methods.get(key).full:
+            want = model.generate(prompt, max_new_tokens=6, do_sample=False)
+            with full(key).apply(model, random_tokens()):
+                got = model.generate(prompt, max_new_tokens=6, do_sample=False)
+            assert torch.equal(got, want)
+        with of(key).apply(model, random_tokens()):
+            got = model.generate(prompt, max_new_tokens=8, do_sample=False)
+            logits = stepped(model, got, [0, 24, *range(25, 33)])
+        assert torch.isfinite(logits).all()
+        assert torch.equal(logits[:, 23:-1].argmax(-1), got[:, 24:])
+
     def test_saved_plans_of_other_models_are_refused(self, key):
         model = tiny_model("llama")
         with of(key).apply(model, random_tokens()) as work:
