@@ -52,7 +52,7 @@ class Installation:
                 # Which executor runs depends on values, so a compiled model runs it as it is.
                 table.register(self.name, torch.compiler.disable(function))
             self._own_configs(model)
-            cast(Any, model).set_attn_implementation(self.name)
+            cast(Any, model).set_attn_implementation(_request(model, self.name))
         except BaseException:
             self.undo()
             raise
@@ -77,6 +77,14 @@ class Installation:
         for table in _tables():
             # The tables offer no way to unregister; this is the mapping that register writes to.
             table._global_mapping.pop(self.name, None)
+
+
+def _request(model: nn.Module, name: str) -> str | dict[str, str]:
+    """The name, asked for the text part alone: a vision tower keeps its own attention."""
+    config: Any = model.config
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    parts = [key for key in getattr(config, "sub_configs", {}) if getattr(config, key) is text]
+    return {"": name, **dict.fromkeys(parts, name)} if parts else name
 
 
 def _tables() -> tuple[Any, Any]:

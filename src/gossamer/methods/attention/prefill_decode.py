@@ -36,7 +36,13 @@ class PhaseSelector(Selector):
     def evicts(self) -> bool:  # type: ignore[override]
         return any(selector.evicts for selector in self.selectors.values())
 
+    def owns(self, call: Call, layer: int) -> bool:
+        return any(selector.owns(call, layer) for selector in self.selectors.values())
+
     def select(self, call: Call, layout: Layout, layer: int) -> KeyIndex:
+        for selector in self.selectors.values():
+            if selector.owns(call, layer):
+                return selector.select(call, layout, layer)
         method = self.methods[layout.phase]
         self._tell(call, layout, layer, busy=layout.phase)
         if layer < method.dense_layers or layout.end < method.min_length:

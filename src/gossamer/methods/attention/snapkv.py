@@ -19,12 +19,13 @@ from gossamer.methods.attention.eviction.observe import (
     keep_over_heads,
     observed_mass,
     remember_queries,
+    windowed,
 )
 from gossamer.methods.attention.eviction.packed import PackedIndex
 from gossamer.methods.attention.eviction.shortened import Shortened, shorten, why_not
 from gossamer.methods.attention.executor import Call
 from gossamer.methods.attention.index import BlockIndex, FullIndex, KeyIndex
-from gossamer.methods.attention.layout import Layout, causal_rule
+from gossamer.methods.attention.layout import Layout
 from gossamer.methods.attention.selector import Selector
 from gossamer.models import State
 
@@ -61,7 +62,7 @@ class VoteSelector(Selector):
         held = _layer_of(call, layer)
         if isinstance(held, Shortened):
             return PackedIndex.over(layout, held.counts, held.keys.shape[2])
-        if not layout.query_offset or _windowed(held, layout):
+        if not layout.query_offset or windowed(held, layout):
             return FullIndex(layout)
         if "kept" not in call.state.tensors:
             call.state.tensors["kept"] = self._choose(call, layout)
@@ -112,12 +113,6 @@ class VoteSelector(Selector):
             f"keys of the prompt are dropped for good at the first token after it, {split}; "
             "dynamic caches shrink, others (static, quantized) keep the keys unread",
         )
-
-
-def _windowed(held: Any, layout: Layout) -> bool:
-    """Whether the layer has a window of its own: it forgets keys by itself."""
-    ruled = not layout.causal and layout.rule is not causal_rule
-    return ruled or not layout.regular or getattr(held, "is_sliding", False)
 
 
 def _layer_of(call: Call, layer: int) -> Any:

@@ -4,14 +4,16 @@ Shapes: B = batch, G = key-value heads, R = query heads of one, W = queries obse
 the prompt, K = keys of the call.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from gossamer.core.scores.attention_estimate import last_query_weights
 from gossamer.methods.attention.executor import Call
-from gossamer.methods.attention.layout import Layout
+from gossamer.methods.attention.layout import Layout, causal_rule
 
-__all__ = ["keep_equal", "keep_over_heads", "observed_mass", "remember_queries"]
+__all__ = ["keep_equal", "keep_over_heads", "observed_mass", "remember_queries", "windowed"]
 
 
 def remember_queries(call: Call, layout: Layout, window: int) -> None:
@@ -97,3 +99,9 @@ def keep_over_heads(mass: Tensor, candidates: Tensor, count: Tensor, floor: floa
     flat = mass.masked_fill(own, torch.inf).flatten(1)[:, None]
     wide = candidates.expand(-1, heads, -1).flatten(1)[:, None]
     return keep_equal(flat, wide, heads * count).view(-1, heads, length)
+
+
+def windowed(layer: Any, layout: Layout) -> bool:
+    """Whether a cache's layer has a window of its own: such a layer forgets keys by itself."""
+    ruled = not layout.causal and layout.rule is not causal_rule
+    return ruled or not layout.regular or getattr(layer, "is_sliding", False)

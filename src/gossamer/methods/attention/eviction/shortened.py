@@ -19,7 +19,7 @@ from gossamer.core import GossamerError
 from gossamer.methods.attention.eviction.ragged import Ragged
 from gossamer.methods.attention.memory import watched
 
-__all__ = ["Shortened", "held_bytes", "shorten", "why_not"]
+__all__ = ["Shortened", "become", "held_bytes", "shorten", "why_not"]
 
 
 def why_not(layer: Any) -> str | None:
@@ -57,7 +57,7 @@ def shorten(layer: Any, kept: Tensor) -> None:
     keys, values, length = layer.keys, layer.values, kept.shape[2]
     assert kept.shape[:2] == keys.shape[:2]
     assert length <= keys.shape[2]
-    _become(layer, Shortened)
+    become(layer, Shortened)
     layer.kept_keys = Ragged.gather(keys[:, :, :length], kept)
     layer.kept_values = Ragged.gather(values[:, :, :length], kept)
     # At 4 bytes a key; attention does not read them, a user who asks what stayed does.
@@ -123,29 +123,26 @@ class Shortened(DynamicLayer):
         super().reset()
         for name in ("kept_keys", "kept_values", "places", "removed"):
             self.__dict__.pop(name, None)
-        _become(self, DynamicLayer)
+        become(self, DynamicLayer)
 
-    def _rows(self, chosen: Tensor) -> None:
+    def _pick(self, rows: Tensor) -> None:
         for name in ("kept_keys", "kept_values", "places"):
-            setattr(self, name, getattr(self, name).rows(chosen))
+            setattr(self, name, getattr(self, name).rows(rows))
+        self.keys = self.keys.index_select(0, rows.to(self.keys.device))
+        self.values = self.values.index_select(0, rows.to(self.values.device))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row i becomes what row ``beam_idx[i]`` was."""
-        self._rows(beam_idx)
-        self.keys = self.keys.index_select(0, beam_idx.to(self.keys.device))
-        self.values = self.values.index_select(0, beam_idx.to(self.values.device))
+        self._pick(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Every row ``repeats`` times in a row."""
         rows = torch.arange(len(self.keys), device=self.keys.device)
-        self._rows(rows.repeat_interleave(repeats))
-        self.keys = self.keys.repeat_interleave(repeats, dim=0)
-        self.values = self.values.repeat_interleave(repeats, dim=0)
+        self._pick(rows.repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Some rows only; int64, or bool (B,)."""
-        self._rows(indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices)
-        self.keys, self.values = self.keys[indices], self.values[indices]
+        self._pick(indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices)
 
     def offload(self) -> None:
         """Everything to the CPU."""
@@ -162,7 +159,7 @@ class Shortened(DynamicLayer):
             setattr(self, name, getattr(self, name).to(device))
 
 
-def _become(layer: Any, kind: type) -> None:
+def become(layer: Any, kind: type) -> None:
     """Give a layer another class; one that a selector remembers something of stays watched."""
     layer.__class__ = watched(kind) if "gossamer_state" in vars(layer) else kind
 
@@ -186,6 +183,9 @@ def held_bytes(cache: Any) -> int:
         if isinstance(thing, Tensor):
             store = thing.untyped_storage()
             seen[store.data_ptr()] = store.nbytes()
+        elif isinstance(thing, list):
+            for one in thing:
+                count(one)
         elif hasattr(thing, "__dataclass_fields__"):
             for name in thing.__dataclass_fields__:
                 count(getattr(thing, name))

@@ -14,13 +14,23 @@ from gossamer.methods.attention.executors.basic import Dense, Masked, Reference
 from gossamer.methods.attention.executors.gather import Gather
 from gossamer.methods.attention.executors.packed import Packed
 from gossamer.methods.attention.executors.spans import SpanWindows
+from gossamer.methods.attention.executors.subset import Subset
 from gossamer.methods.attention.index import KeyIndex
 
 __all__ = ["BACKENDS", "EXECUTORS", "check_backend", "choose", "execute", "run"]
 
 EXECUTORS: dict[str, Executor] = {
     executor.name: executor
-    for executor in (Dense(), Banded(), SpanWindows(), Packed(), Gather(), Masked(), Reference())
+    for executor in (
+        Dense(),
+        Banded(),
+        SpanWindows(),
+        Packed(),
+        Subset(),
+        Gather(),
+        Masked(),
+        Reference(),
+    )
 }
 """By name, in the order in which ``auto`` asks them."""
 
