@@ -16,7 +16,17 @@ from triton.tools.tensor_descriptor import (  # pyright: ignore[reportMissingImp
 
 from gossamer.kernels.block_attention.triton_kernels import forward_kernel, plan_kernel
 
-__all__ = ["Lists", "Tiles", "describable", "forward", "hopper_fits", "tiles_for"]
+__all__ = [
+    "LOG2E",
+    "Lists",
+    "Tiles",
+    "describable",
+    "descriptor",
+    "forward",
+    "has_tma",
+    "hopper_fits",
+    "tiles_for",
+]
 
 LOG2E = 1.4426950408889634
 
@@ -88,6 +98,11 @@ def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
+def has_tma(device: torch.device) -> bool:
+    """Whether tiles can be fetched by TMA."""
+    return device.type == "cuda" and _capability(device) >= (9, 0)
+
+
 @cache
 def _gluon() -> bool:
     try:
@@ -131,7 +146,7 @@ def _gathered(x: Tensor, columns: Tensor, lists: int) -> Tensor:
     return x[row, head, columns.clamp_min(0).long()]
 
 
-def _descriptor(x: Tensor, rows: int, wide: int) -> TensorDescriptor:
+def descriptor(x: Tensor, rows: int, wide: int) -> TensorDescriptor:
     """Strides along axes of one entry may be anything; TMA wants them even."""
     even = [s if n > 1 else 16 for s, n in zip(x.stride()[:3], x.shape, strict=False)]
     return TensorDescriptor(x, list(x.shape), [*even, 1], [1, 1, rows, wide])
@@ -239,12 +254,12 @@ def forward(
         )
         return out.transpose(1, 2)
     padded = [max(16, triton.next_power_of_2(n)) for n in (width, wide)]
-    tma = _capability(device) >= (9, 0) and all(describable(x) for x in (query, key, value, ck, cv))
+    tma = has_tma(device) and all(describable(x) for x in (query, key, value, ck, cv))
     sources: list[Any] = [query, key, value, ck, cv]
     if tma:
         d, e = padded
         for n, (x, wider) in enumerate(zip(sources, (d, d, e, d, e), strict=True)):
-            sources[n] = _descriptor(x, tiles.queries if n == 0 else tiles.keys, wider)
+            sources[n] = descriptor(x, tiles.queries if n == 0 else tiles.keys, wider)
         assert isinstance(sources[0], TensorDescriptor)
         sources[0].block_shape[1] = tiles.heads
     kernel: Any = forward_kernel

@@ -223,7 +223,19 @@ def _attend(
         gl.store(to + places, acc.to(dtype), mask=gl.expand_dims(at < Q, 1))
 
 
-@gluon.jit
+@gluon.jit(
+    do_not_specialize=[
+        "TILES",
+        "Q",
+        "K",
+        "ROWS",
+        "OFFSET",
+        "WINDOW",
+        "COLUMNS",
+        "BLOCKS",
+        "INDEX_HEADS",
+    ]
+)
 def special_kernel(
     q_source, k_source, v_source, columns_k, columns_v, out_ptr,
     indices_ptr, order_ptr, bounds_ptr, column_ptr, seen_ptr, first_ptr, sink_ptr,

@@ -58,7 +58,7 @@ def _add(state, score, v, factor, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr
     return acc, new, total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["ROWS", "K", "OFFSET", "QUERIES", "WINDOW", "COLUMNS", "BLOCKS"])
 def plan_kernel(
     indptr_ptr,
     indices_ptr,
@@ -134,7 +134,7 @@ def plan_kernel(
     tl.store(work_ptr + item, -((end - begin) * (BK // N) + tiles))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["Q", "K", "ROWS", "OFFSET", "WINDOW", "COLUMNS", "BLOCKS"])
 def forward_kernel(
     q_source,
     k_source,

@@ -1,0 +1,223 @@
+"""Kernels that choose keys: dispatch. ``triton`` (CUDA), ``reference`` (any device), ``auto``.
+
+Shapes: B = batch, H = heads, G = key-value heads, R = H / G, W = last queries, K = keys,
+T = tokens, D = head width.
+"""
+
+from functools import cache
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from gossamer.core.errors import GossamerError, unknown
+from gossamer.kernels.attention_select.reference import (
+    UNIT,
+    block_means_reference,
+    last_mass_reference,
+    mass_cut_reference,
+)
+
+__all__ = ["Backend", "block_means", "last_mass", "mass_cut", "select_refusal"]
+
+Backend = Literal["auto", "reference", "triton"]
+_TYPES = (torch.bfloat16, torch.float16, torch.float32)
+_LOG2E = 1.4426950408889634
+
+
+@cache
+def _triton() -> bool:
+    try:
+        import triton  # noqa: F401  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        return False
+    return True
+
+
+@cache
+def _nothing(device: torch.device) -> Tensor:
+    """Stands for an argument that is not used."""
+    return torch.zeros(1, device=device, dtype=torch.int32)
+
+
+def select_refusal(*tensors: Tensor, queries: int = 0) -> str | None:
+    """Why the kernels do not take tensors (B, H, T, D), or so many last queries; or None."""
+    if any(x.device.type != "cuda" for x in tensors):
+        return f"the tensors are on {tensors[0].device}; the kernel needs CUDA"
+    if not _triton():
+        return "triton is not installed"
+    if any(x.dtype not in _TYPES or x.dtype != tensors[0].dtype for x in tensors):
+        kinds = " and ".join(sorted({str(x.dtype) for x in tensors}))
+        return f"the tensors are {kinds}; the kernel takes one of bfloat16, float16 and float32"
+    if any(x.shape[-1] > 256 for x in tensors):
+        return f"heads are {tensors[0].shape[-1]} wide; the kernel takes up to 256"
+    if queries > 128:
+        return f"there are {queries} last queries; the kernel takes up to 128"
+    if any(x.stride(-1) != 1 for x in tensors):
+        return "the entries of a head do not lie side by side"
+    return None
+
+
+def _runs(backend: Backend, reason: str | None) -> bool:
+    if backend not in get_args(Backend):
+        raise unknown("backend", backend, get_args(Backend))
+    if backend == "triton" and reason is not None:
+        raise GossamerError(f"backend triton cannot run here: {reason}; use backend='reference'")
+    return backend != "reference" and reason is None
+
+
+def last_mass(
+    query: Tensor,
+    key: Tensor,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    first: Tensor | None = None,
+    backend: Backend = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Share of the last queries' attention that each key, and each distance, receives.
+
+    Parameters
+    ----------
+    query : (B, H, W, D), the last W queries; the last stands at the last key.
+    key : (B, G, K, D). scale : on the scores; D ** -0.5 when left out.
+    softcap : scores become ``softcap * tanh(score / softcap)``.
+    first : int, (B,), the first real key of each row.
+
+    Returns
+    -------
+    vertical, slash : (B, G, K) float32, by key and by distance, the mean over queries and over
+        the heads that share keys. Each sums to 1. No W x K scores are stored.
+
+    Raises
+    ------
+    GossamerError
+        On more queries than keys, or if backend triton cannot run.
+    """
+    (batch, heads, count, width), (_, shared, keys, _) = query.shape, key.shape
+    if heads % shared or not 1 <= count <= keys:
+        raise GossamerError(
+            f"queries {tuple(query.shape)} are not the last ones of keys {tuple(key.shape)}"
+        )
+    if not _runs(backend, select_refusal(query, key, queries=count)):
+        return last_mass_reference(query, key, scale=scale, softcap=softcap, first=first)
+    import triton  # pyright: ignore[reportMissingImports]
+
+    from gossamer.kernels.attention_select.triton_kernels import last_mass_kernel, last_top_kernel
+
+    wide = max(16, triton.next_power_of_2(count))
+    tiles = triton.cdiv(keys, wide)
+    splits = max(1, min(tiles, 32, triton.cdiv(528, batch * heads)))
+    each = triton.cdiv(tiles, splits)
+    device = query.device
+    stat = torch.empty(batch * heads, splits, 2, wide, device=device, dtype=torch.float32)
+    vertical, near, far = (
+        torch.empty(batch, shared, tiles * wide, device=device, dtype=torch.float32)
+        for _ in range(3)
+    )
+    begin = _nothing(device)
+    if first is not None:
+        begin = first.to(torch.int32).expand(batch).contiguous()
+    factor = (width**-0.5 if scale is None else scale) * _LOG2E
+    cap = 1.0 if softcap is None else softcap * _LOG2E
+    strides = (*query.stride()[:3], *key.stride()[:3])
+    options: dict[str, Any] = {
+        "R": heads // shared,
+        "WP": wide,
+        "DP": max(16, triton.next_power_of_2(width)),
+        "HAS_FIRST": first is not None,
+        "SOFTCAP": softcap is not None,
+        "PRECISION": "ieee" if query.dtype == torch.float32 else "tf32",
+        "num_warps": 8 if wide >= 64 else 4,
+    }
+    top: Any = last_top_kernel
+    top[(splits, batch * heads)](
+        *(query, key, begin, stat, factor, cap, *strides, heads, keys, count, width, each),
+        **options,
+        num_stages=2,
+    )
+    mass: Any = last_mass_kernel
+    mass[(tiles, batch * shared)](
+        *(query, key, begin, stat, vertical, near, far, factor, cap, *strides),
+        *(shared, keys, count, width, splits, tiles),
+        SP=triton.next_power_of_2(splits),
+        **options,
+        num_stages=2,
+    )
+    # Entry x of the sum is the distance keys - count + wide - x.
+    along = pad(near, (wide, 0)) + pad(far, (0, wide))
+    slash = along[..., wide - count + 1 : wide - count + 1 + keys].flip(-1)
+    return vertical[..., :keys], slash
+
+
+def block_means(
+    x: Tensor, block: int, *, first: Tensor | None = None, backend: Backend = "auto"
+) -> Tensor:
+    """Mean of every block of tokens, in one pass; the last block may be short.
+
+    Parameters
+    ----------
+    x : (B, H, T, D). block : tokens of a block. first : int, (B,), the first real token of each
+        row; blocks of padding alone give zeros.
+
+    Returns
+    -------
+    (B, H, ceil(T / block), D) float32.
+    """
+    if block < 1:
+        raise GossamerError(f"block is {block}; give a number of tokens, at least 1")
+    if not _runs(backend, select_refusal(x)):
+        return block_means_reference(x, block, first)
+    import triton  # pyright: ignore[reportMissingImports]
+
+    from gossamer.kernels.attention_select.triton_kernels import mean_kernel
+
+    batch, heads, tokens, width = x.shape
+    blocks = triton.cdiv(tokens, block)
+    out = torch.empty(batch, heads, blocks, width, device=x.device, dtype=torch.float32)
+    begin = _nothing(x.device)
+    if first is not None:
+        begin = first.to(torch.int32).expand(batch).contiguous()
+    kernel: Any = mean_kernel
+    kernel[(blocks, batch * heads)](
+        *(x, begin, out, *x.stride()[:3], heads, tokens, blocks, width, block),
+        N=min(128, max(16, triton.next_power_of_2(block))),
+        DP=triton.next_power_of_2(width),
+        HAS_FIRST=first is not None,
+        num_warps=4,
+    )
+    return out
+
+
+def mass_cut(weights: Tensor, mass: float, *, backend: Backend = "auto") -> Tensor:
+    """Mark the fewest of the largest weights that reach a mass, without sorting them.
+
+    Parameters
+    ----------
+    weights : (..., n), non-negative, no NaN, sums at most 2^20. mass : above 0. Masses are
+        counted in whole steps of 2^-40, so sums do not depend on their order; of equal weights
+        the earlier are marked; all are where all of them do not reach the mass.
+
+    Returns
+    -------
+    bool, (..., n).
+
+    >>> mass_cut(torch.tensor([0.1, 0.6, 0.3]), 0.8)
+    tensor([False,  True,  True])
+    """
+    if not 0.0 < mass < 2.0**20:
+        raise GossamerError(f"mass is {mass}; give a share above 0")
+    reason = select_refusal(weights.flatten()[:1]) if weights.numel() else "there are no weights"
+    if not _runs(backend, reason):
+        return mass_cut_reference(weights, mass)
+    from gossamer.kernels.attention_select.triton_kernels import cut_kernel
+
+    size = weights.shape[-1]
+    flat = weights.float().contiguous().view(-1, size)
+    kept = torch.empty(flat.shape, device=flat.device, dtype=torch.int8)
+    kernel: Any = cut_kernel
+    kernel[(len(flat),)](
+        *(flat, kept, size, int(mass * UNIT)), N=1024 if size <= 8192 else 8192, num_warps=16
+    )
+    return kept.view(weights.shape).bool()
