@@ -20,6 +20,10 @@ from gossamer.models import Tokens
 __all__ = ["Heads", "controls", "fixed", "measured", "of_index", "on_planted", "window_of"]
 
 
+QUERIES = 256
+"""Queries of a planted prompt whose mass is measured, evenly spaced."""
+
+
 class Heads(NamedTuple):
     """What an index keeps of planted heads.
 
@@ -37,7 +41,7 @@ def of_index(plant: Planted, index: KeyIndex) -> Heads:
     length = plant.key.shape[2]
     mask = index.mask()[0].expand(len(plant.plants), -1, -1)
     density = mask.sum((1, 2)) / (length * (length + 1) / 2)
-    mass = kept_mass(plant.call, index).view(len(plant.plants), -1).mean(1)
+    mass = kept_mass(plant.call, index, QUERIES).view(len(plant.plants), -1).mean(1)
     return Heads(density.float(), mass)
 
 
