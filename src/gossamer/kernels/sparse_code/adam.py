@@ -4,6 +4,8 @@ Source: Kingma & Ba 2015, in torch's order of operations.
 Shapes: M = rows, D = columns.
 """
 
+# pyright: reportMissingImports=false, reportIndexIssue=false
+
 from math import sqrt
 
 import torch
@@ -27,7 +29,7 @@ def _warps(width: int) -> int:
 
 def square_rows(grad: Tensor, master: Tensor, *, unit: bool) -> Tensor:
     """(M,) squared norms of a gradient's rows, without their part along a row of norm 1."""
-    import triton  # pyright: ignore[reportMissingImports]
+    import triton
 
     from gossamer.kernels.sparse_code.launch import on
     from gossamer.kernels.sparse_code.triton_adam import square_rows_kernel
@@ -71,7 +73,7 @@ def adam_rows(
     step : this update's number, from 1.
     unit : rows are kept at norm 1, and the gradient along them is left out.
     """
-    import triton  # pyright: ignore[reportMissingImports]
+    import triton
 
     from gossamer.kernels.sparse_code.launch import on
     from gossamer.kernels.sparse_code.triton_adam import adam_rows_kernel

@@ -3,7 +3,7 @@
 Imported where a GPU is used, since it imports triton.
 Shapes: R = rows, K = entries of a row, D = width, M = atoms or columns.
 """
-# pyright: reportMissingImports=false
+# pyright: reportMissingImports=false, reportIndexIssue=false
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -96,15 +96,15 @@ def _value_gradient(rows: Tensor, indices: Tensor, atoms: Tensor, dtype: torch.d
 
 
 def _atom_gradients(
-    values: Tensor, indices: Tensor, rows: tuple[Tensor, ...], count: int, dtype: torch.dtype
+    values: Tensor, indices: Tensor, rows: tuple[tuple[Tensor, torch.dtype], ...], count: int
 ) -> list[Tensor]:
-    """For each (R, D) matrix of rows, their sums by atom, (M, D)."""
-    if _triton(rows[0]):
+    """For each (R, D) matrix of rows, their sums by atom, (M, D), in the dtype beside it."""
+    if _triton(rows[0][0]):
         from gossamer.kernels.sparse_code.launch import atom_gradient_triton
 
         segments = Segments.of(indices, count)
-        return [atom_gradient_triton(values, segments, r.contiguous(), dtype) for r in rows]
-    return [atom_gradient_reference(values, indices, r, count).to(dtype) for r in rows]
+        return [atom_gradient_triton(values, segments, r.contiguous(), to) for r, to in rows]
+    return [atom_gradient_reference(values, indices, r, count).to(to) for r, to in rows]
 
 
 class _Decode(torch.autograd.Function):
@@ -119,11 +119,12 @@ class _Decode(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         values, indices, atoms = ctx.saved_tensors
         narrow = grad.to(atoms.dtype)
-        back = [None, None]
+        back: list[Tensor | None] = [None, None]
         if ctx.needs_input_grad[0]:
             back[0] = _value_gradient(narrow, indices, atoms, values.dtype)
         if ctx.needs_input_grad[2]:
-            (back[1],) = _atom_gradients(values, indices, (narrow,), len(atoms), atoms.dtype)
+            wanted = ((narrow, atoms.dtype),)
+            (back[1],) = _atom_gradients(values, indices, wanted, len(atoms))
         return back[0], None, back[1]
 
 
@@ -164,22 +165,17 @@ class _EncodeAt(torch.autograd.Function):
         rows, W_enc, indices = ctx.saved_tensors
         latents = W_enc.T
         needs = ctx.needs_input_grad
-        to_rows = to_bias = to_offset = to_weight = None
+        to_rows = to_bias = to_offset = None
         if needs[0]:
             to_rows = _decode(grad, indices, latents, rows.dtype)
-        if needs[1]:
-            (made,) = _atom_gradients(grad, indices, (rows,), len(latents), W_enc.dtype)
-            to_weight = made.T
-        if needs[2] or needs[3]:
-            ones = grad.new_ones(len(rows), 1)
-            (made,) = _atom_gradients(grad, indices, (ones,), len(latents), grad.dtype)
-            to_bias = made[:, 0]
-            if needs[3]:
-                to_offset = -(W_enc @ to_bias.to(W_enc.dtype)).to(ctx.offset)
-        return to_rows, to_weight, None if to_bias is None else to_bias.to(ctx.bias), to_offset, *(
-            None,
-            None,
-        )
+        ones = grad.new_ones(len(rows), 1)
+        wanted = ((rows, W_enc.dtype), (ones, grad.dtype))
+        to_weight, summed = _atom_gradients(grad, indices, wanted, len(latents))
+        if needs[2]:
+            to_bias = summed[:, 0].to(ctx.bias)
+        if needs[3]:
+            to_offset = -(W_enc @ summed[:, 0].to(W_enc.dtype)).to(ctx.offset)
+        return to_rows, to_weight.T, to_bias, to_offset, None, None
 
 
 def encode_at(

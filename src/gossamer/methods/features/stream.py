@@ -31,7 +31,7 @@ class Rows(Protocol):
         """Number of pieces of a pass."""
         ...
 
-    def piece(self, order: Tensor, turn: int, number: int, *, glimpse: bool) -> Tensor:
+    def piece(self, order: Tensor, turn: int, number: int) -> Tensor:
         """Rows of one piece of a pass in which pieces' content comes in ``order``."""
         ...
 
@@ -50,7 +50,6 @@ class Stream(Iterator[Tensor]):
     Parameters
     ----------
     rows : drawn from. size : rows of a batch.
-    glimpse : the rows are only looked at and will be drawn again.
 
     Raises
     ------
@@ -58,8 +57,8 @@ class Stream(Iterator[Tensor]):
         At the first batch, if there is no row.
     """
 
-    def __init__(self, rows: Rows, size: int, *, glimpse: bool = False) -> None:
-        self.rows, self.size, self.glimpse = rows, size, glimpse
+    def __init__(self, rows: Rows, size: int) -> None:
+        self.rows, self.size = rows, size
         self._generator = torch.Generator().manual_seed(rows.seed)
         self._turn = self._number = 0
         self._order: Tensor | None = None
@@ -69,9 +68,16 @@ class Stream(Iterator[Tensor]):
         self._served = 0
         self._found = False
 
-    def peek(self) -> "Stream":
-        """The same stream from its beginning, to look at the first rows."""
-        return Stream(self.rows, self.size, glimpse=True)
+    def peek(self, count: int) -> Tensor:
+        """The rows of up to ``count`` batches that come next; the stream stays where it is."""
+        if self.rows.resident() is not None:
+            ahead = Stream(self.rows, self.size)
+            ahead.load(self.state())
+            return torch.cat([next(ahead) for _ in range(count)])
+        if self._served == self._ready:
+            self._fill()
+        assert self._left is not None
+        return self._left[self._served : min(self._ready, self._served + count * self.size)]
 
     def __next__(self) -> Tensor:
         rows = self.rows.resident()
@@ -98,7 +104,7 @@ class Stream(Iterator[Tensor]):
             seed = (self.rows.seed + _NEXT_PASS * self._turn) % 2**32
             generator = torch.Generator().manual_seed(seed)
             self._order = torch.randperm(self.rows.items(), generator=generator)
-        made = self.rows.piece(self._order, self._turn, self._number, glimpse=self.glimpse)
+        made = self.rows.piece(self._order, self._turn, self._number)
         self._number += 1
         self._found = self._found or bool(len(made))
         return made

@@ -262,7 +262,7 @@ class Trainer:
         """
         if self.done % self._glance and self.done != self.recipe.steps:
             return None
-        if isnan(fvu := self.fvu):
+        if isnan(fvu := self.fvu) and self.done:
             raise GossamerError(
                 f"the error is NaN after {self.done} of {self.recipe.steps} steps; lower lr, now "
                 f"{self.recipe.lr:.2g}, and look for NaN in the activations"
@@ -306,7 +306,7 @@ def _sample(batches: Iterator[Tensor], recipe: Recipe) -> tuple[Tensor, Iterator
     """Rows that set the scale, and the stream as if they had not been read."""
     count = max(1, min(recipe.steps, _SAMPLE // recipe.batch_size))
     if isinstance(batches, Stream):
-        return torch.cat(list(islice(batches.peek(), count))), batches
+        return batches.peek(count), batches
     head = list(islice(batches, count))
     return torch.cat(head), chain(head, batches)
 
