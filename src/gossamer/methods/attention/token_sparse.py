@@ -60,8 +60,7 @@ class TokenSelector(Selector):
         real = _real(layout, tail, keys)
         recent = place >= keys - self.window
         early = real & ~recent
-        mass = weights.mean(2).masked_fill(~early[:, None], 0.0)
-        score = token_scores(mass, self.kernel).masked_fill(~early[:, None], 0.0)
+        score = token_scores(weights.mean(2), self.kernel, early)
         total = early.sum(-1)
         keep = (total - spared(score, early, self.coverage) - 1).clamp_min(self.min_tokens)
         ranked = score.masked_fill(~early[:, None], -1.0)
@@ -129,7 +128,7 @@ class TokenSparse(AttentionMethod):
         "counts nor takes part",
     )
     phases: ClassVar = frozenset({"prefill"})
-    example: ClassVar = {"coverage": 0.6, "window": 4, "min_tokens": 6, "kernel": 3}
+    example: ClassVar = {"coverage": 0.2, "window": 4, "min_tokens": 6, "kernel": 3}
     full: ClassVar = {"coverage": 0.0}
     chunked: ClassVar = "every chunk chooses by its own last queries and rests its own only"
     peeks: ClassVar = "the last queries of a prompt decide which of its tokens take part"

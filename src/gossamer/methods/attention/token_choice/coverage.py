@@ -10,19 +10,23 @@ from torch.nn import functional
 __all__ = ["spared", "token_scores"]
 
 
-def token_scores(weights: Tensor, kernel: int) -> Tensor:
+def token_scores(weights: Tensor, kernel: int, real: Tensor) -> Tensor:
     """Share of the window's attention that each earlier token receives, smoothed over neighbours.
 
     Parameters
     ----------
-    weights : (B, G, P), attention of the last queries, their mean; what goes to the window itself
-        is left out. kernel : odd, tokens of the moving average.
+    weights : (B, G, P), attention of the last queries, their mean. kernel : odd, tokens of the
+        moving average. real : bool, (B or 1, P), tokens that are no padding and not in the window;
+        others neither give nor take.
 
     Returns
     -------
     (B, G, P); sums to 1 over each head's tokens (0 where nothing is attended).
     """
-    smooth = functional.avg_pool1d(weights, kernel, stride=1, padding=kernel // 2)
+    outside = ~real[:, None]
+    smooth = functional.avg_pool1d(
+        weights.masked_fill(outside, 0.0), kernel, stride=1, padding=kernel // 2
+    ).masked_fill(outside, 0.0)
     total = smooth.sum(-1, keepdim=True)
     return smooth / total.clamp_min(torch.finfo(smooth.dtype).tiny)
 
