@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.methods.attention.executor import Call
-from gossamer.methods.attention.index import KeyIndex
-from gossamer.methods.attention.layout import Phase
+from gossamer.methods.attention.index import FullIndex, KeyIndex
+from gossamer.methods.attention.layout import Layout, Phase
 from gossamer.models import Tokens
 
 __all__ = ["Kept", "Tally", "kept_mass", "walk"]
@@ -83,6 +83,18 @@ def kept_mass(call: Call, index: KeyIndex, queries: int = _QUERIES) -> Tensor:
     return (total / count.clamp_min(1)).float()
 
 
+def _own_pairs(call: Call, layout: Layout) -> int:
+    """Pairs the model itself reads in a call, of one head over all rows."""
+    batch = call.query.shape[0]
+    if layout.plain:
+        first = layout.query_offset - layout.key_offset + 1
+        last = first + layout.queries - 1
+        # Keys do not end before the last query.
+        return batch * (first + last) * layout.queries // 2
+    _, own = FullIndex(layout).pairs()
+    return own * (batch // len(layout.mask(slice(0, 1))))
+
+
 class Tally:
     """Pairs and mass of the calls it is shown, by layer and phase."""
 
@@ -97,6 +109,9 @@ class Tally:
         if phase not in self._phases:
             return
         kept, total = index.pairs()
+        # Indices count the heads they tell apart; layers must weigh alike, so one head's worth.
+        every = _own_pairs(call, index.layout)
+        kept, total = (kept * every // total if total else 0), every
         mass = 1.0 if index.whole else float(kept_mass(call, index).mean())
         pairs = self._pairs.setdefault((layer, phase), [0, 0])
         self._mass[layer, phase] = self._mass.get((layer, phase), 0.0) + mass * total
