@@ -20,7 +20,7 @@ from torch import Tensor
 from gossamer.core import GossamerError
 from gossamer.methods.features.stream import Stream
 
-__all__ = ["Checkpoint", "Resumable"]
+__all__ = ["Checkpoint", "Resumable", "describe"]
 
 
 class Resumable(Protocol):
@@ -64,14 +64,8 @@ class Checkpoint:
                 f"a checkpoint needs a stream that knows its place, not {type(batches).__name__}; "
                 "use ActivationSource(...).batches(size)"
             )
-        describe = getattr(batches.rows, "metadata", None)
-        source = {} if describe is None else describe()
-        rule = trainer.dictionary.rule
-        fields = {k: v for k, v in vars(rule).items() if isinstance(v, int | float | str | tuple)}
-        run = {"recipe": trainer.recipe, "rule": {"name": type(rule).__name__, **fields}}
-        run |= {"source": source, "batch": batches.size}
-        run |= {"shape": list(trainer.dictionary.W_dec.shape)}
-        return cls(path, {"trainer": trainer, "stream": batches}, _plain(run))
+        run = describe(batches, trainer)
+        return cls(path, {"trainer": trainer, "stream": batches}, run)
 
     def save(self) -> None:
         """Write the file in one move.
@@ -140,6 +134,22 @@ class Checkpoint:
     def remove(self) -> None:
         """Delete the file of a run that is finished."""
         self.path.unlink(missing_ok=True)
+
+
+def describe(stream: Stream, trainer: Any) -> dict[str, Any]:
+    """What must be equal for a run to be taken up: recipe, rule, rows, batch and shape."""
+    metadata = getattr(stream.rows, "metadata", None)
+    rule = trainer.dictionary.rule
+    fields = {k: v for k, v in vars(rule).items() if isinstance(v, int | float | str | tuple)}
+    return _plain(
+        {
+            "recipe": trainer.recipe,
+            "rule": {"name": type(rule).__name__, **fields},
+            "source": {} if metadata is None else metadata(),
+            "batch": stream.size,
+            "shape": list(trainer.dictionary.W_dec.shape),
+        }
+    )
 
 
 def _plain(value: Any) -> Any:

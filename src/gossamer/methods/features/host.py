@@ -15,6 +15,10 @@ from gossamer.models import Inputs, Tokens
 __all__ = ["HostPass"]
 
 
+Ticket = tuple[Any, ...]
+"""The group of some windows, then rising numbers that say which."""
+
+
 class _Waiting:
     """Activations of some windows, and who has not fetched them yet."""
 
@@ -39,7 +43,7 @@ class HostPass:
         self.runs = 0
         self._paths: dict[int, tuple[str, ...]] = {}
         self._groups: dict[Hashable, set[int]] = {}
-        self._waiting: dict[Hashable, _Waiting] = {}
+        self._waiting: dict[Ticket, _Waiting] = {}
 
     def join(self, paths: tuple[str, ...]) -> int:
         """A number for a source that reads these paths."""
@@ -55,10 +59,10 @@ class HostPass:
         """Say that a source asks for no more windows of a group."""
         self._groups.get(group, set()).discard(source)
         for ticket, waiting in list(self._waiting.items()):
-            if isinstance(ticket, tuple) and ticket[0] == group:
+            if ticket[0] == group:
                 self._drop(ticket, waiting, source)
 
-    def _drop(self, ticket: Hashable, waiting: _Waiting, source: int) -> None:
+    def _drop(self, ticket: Ticket, waiting: _Waiting, source: int) -> None:
         waiting.sources.discard(source)
         if not waiting.sources:
             self._waiting.pop(ticket, None)
@@ -75,13 +79,16 @@ class HostPass:
             return next(chosen.batches(len(at), device))
         return data.batch(at, self.model, device)
 
-    def fetch(self, source: int, ticket: tuple[Hashable, ...], at: Tensor) -> dict[str, Tensor]:
+    def fetch(self, source: int, ticket: Ticket, at: Tensor) -> dict[str, Tensor]:
         """Activations by path of the windows at these places.
 
         Parameters
         ----------
-        ticket : names the windows: its first item the group, the rest their place in it.
+        ticket : which windows these are, in the words of all who share them.
         """
+        for older in [t for t in self._waiting if t[0] == ticket[0] and t[1:] < ticket[1:]]:
+            # Tickets of a group rise; whoever asks for a later one is past these.
+            self._drop(older, self._waiting[older], source)
         waiting = self._waiting.get(ticket)
         if waiting is None:
             sources = self._groups.get(ticket[0], set()) | {source}

@@ -23,7 +23,7 @@ from gossamer.methods.features.rules import Rule
 from gossamer.methods.features.stream import Stream
 from gossamer.models import Progress
 
-__all__ = ["Recipe", "Trainer", "geometric_median", "train"]
+__all__ = ["Recipe", "Trainer", "geometric_median", "sample_size", "train"]
 
 _SAMPLE = 8192
 # A GPU runs ahead of the host; asking it who is dead, or how it goes, makes it wait. Windows of
@@ -302,9 +302,14 @@ class Trainer:
         return made.eval().requires_grad_(False)
 
 
+def sample_size(recipe: Recipe) -> int:
+    """Batches that set the scale and the first bias."""
+    return max(1, min(recipe.steps, _SAMPLE // recipe.batch_size))
+
+
 def _sample(batches: Iterator[Tensor], recipe: Recipe) -> tuple[Tensor, Iterator[Tensor]]:
     """Rows that set the scale, and the stream as if they had not been read."""
-    count = max(1, min(recipe.steps, _SAMPLE // recipe.batch_size))
+    count = sample_size(recipe)
     if isinstance(batches, Stream):
         return batches.peek(count), batches
     head = list(islice(batches, count))
