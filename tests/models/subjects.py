@@ -21,6 +21,7 @@ from tests.models.clips import (
     streamed,
     wrong_labels,
 )
+from tests.models.diffusion import denoised, diffusion_lm
 from tests.models.dynamics import broken, perceptron, predictions, pushes
 from tests.models.tables import autoencoder, broken_table, reconstruction, table
 from tests.models.tiny import tiny_model
@@ -106,6 +107,9 @@ SUBJECTS: dict[str, Subject] = {
         data=labelled_images,
         outputs=_class_logits,
         broken=wrong_labels,
+    ),
+    "masked-diffusion language model": Subject(
+        build=diffusion_lm, data=lambda: None, outputs=denoised
     ),
     "stream model": Subject(build=stream_net, data=shapes, outputs=streamed),
     "vision-language model": Subject(

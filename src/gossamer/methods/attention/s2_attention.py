@@ -6,7 +6,7 @@ and a cache need only keep each head's share; a model must be trained under it.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import gcd
 from typing import Any, ClassVar, Literal, get_args
 
@@ -14,20 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.core import Card, GossamerError, check_count
-from gossamer.methods.attention.base import AttentionMethod
 from gossamer.methods.attention.executor import Call
 from gossamer.methods.attention.executors import EXECUTORS, choose
 from gossamer.methods.attention.index import BlockIndex, FullIndex, KeyIndex
 from gossamer.methods.attention.layout import Layout
 from gossamer.methods.attention.selector import Selector
-from gossamer.methods.attention.trained.applied import (
-    TrainedAttention,
-    as_samples,
-    sample_length,
-    train_under,
-)
-from gossamer.models import Progress, State
-from gossamer.models.fit import FitPlan
+from gossamer.methods.attention.trained.method import TrainedMethod
+from gossamer.models import State
 
 __all__ = ["S2Attention", "ShardSelector", "coverage", "sharded_blocks"]
 
@@ -175,7 +168,7 @@ def _pairs_within(index: BlockIndex, own: int) -> tuple[int, int]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class S2Attention(AttentionMethod):
+class S2Attention(TrainedMethod):
     """Train a model under a static pattern in which every head reads another share of the past.
 
     Parameters
@@ -223,7 +216,6 @@ class S2Attention(AttentionMethod):
         "batch_size": 3,
     }
     full: ClassVar[Mapping[str, Any]] = {"local": 1 << 20, "steps": 0}
-    selects: ClassVar[bool] = False
     exempt: ClassVar[Mapping[str, str]] = {
         "dense at sparsity 0": "the amount is a number of blocks and a stride; local 2^20 is dense",
         "encoders": "a causal pattern belongs to decoders",
@@ -234,10 +226,6 @@ class S2Attention(AttentionMethod):
     stride: int = 8
     offsets: Offsets = "heterogeneous"
     dense_every: int = 2
-    steps: int = 300
-    lr: float = 3e-4
-    batch_size: int = 8
-    seed: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -249,35 +237,6 @@ class S2Attention(AttentionMethod):
             raise GossamerError(
                 f"offsets is {self.offsets!r}; choose from {', '.join(get_args(Offsets))}"
             )
-        self.training()
-
-    def training(self) -> FitPlan:
-        """The training, also for a dense model that is to see the same samples."""
-        return FitPlan(
-            steps=self.steps, lr=self.lr, batch_size=self.batch_size, seed=self.seed, decay=0.5
-        )
-
-    def apply(
-        self, model: nn.Module, data: Any = None, *, progress: Progress | None = None
-    ) -> TrainedAttention:
-        """Put the pattern in place and train the model under it, in place.
-
-        Parameters
-        ----------
-        data : token windows or text to train on; ``Inputs`` with ``input_ids`` and ``labels``
-            score only some tokens.
-        """
-        samples = as_samples(data, model)
-        length = self.length or sample_length(samples)
-        resolved = replace(self, length=length)
-        work = TrainedAttention(resolved, model, self.plan(model, None, length), length)
-        return train_under(work, samples, self.training(), progress=progress)
-
-    def reattach(
-        self, model: nn.Module, meta: Mapping[str, Any], tensors: Mapping[str, Any]
-    ) -> TrainedAttention:
-        """Put the pattern in place; the loaded weights are already the trained ones."""
-        return TrainedAttention(self, model, self.replan(meta, tensors), int(meta["length"]))
 
     def plan(self, model: nn.Module, data: Any, length: int) -> ShardSelector:
         return self._selector(_key_value_heads(model))

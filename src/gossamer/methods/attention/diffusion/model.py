@@ -27,6 +27,8 @@ class DiffusionConfig:
     width : C, a multiple of ``heads`` times 2. layers, heads : numbers of them.
     inner : width of the SwiGLU layer; None for twice C.
     base : of the rotary frequencies.
+    reach : neighbours on each side that a short convolution adds to every token's embedding, which
+        spares the first layer from finding them; 0 for none.
     """
 
     vocabulary: int
@@ -36,18 +38,18 @@ class DiffusionConfig:
     heads: int = 4
     inner: int | None = None
     base: float = 10_000.0
+    reach: int = 0
 
     def __post_init__(self) -> None:
         for name in ("vocabulary", "width", "layers", "heads"):
             check_count(name, getattr(self, name), 1)
+        check_count("reach", self.reach, 0)
         if self.width % (2 * self.heads):
             raise GossamerError(
                 f"width is {self.width} for {self.heads} heads; give a multiple of {2 * self.heads}"
             )
         if not 0 <= self.mask < self.vocabulary:
-            raise GossamerError(
-                f"mask is {self.mask}; give a token id, 0 to {self.vocabulary - 1}"
-            )
+            raise GossamerError(f"mask is {self.mask}; give a token id, 0 to {self.vocabulary - 1}")
 
 
 class _Attention(nn.Module):
@@ -88,6 +90,26 @@ class _Block(nn.Module):
         return hidden + self.down(functional.silu(self.gate(normed)) * self.up(normed))
 
 
+class _Near(nn.Module):
+    """Add a per-channel weighted sum of each token's neighbours."""
+
+    def __init__(self, width: int, reach: int) -> None:
+        super().__init__()
+        self.reach = reach
+        self.weight = nn.Parameter(torch.empty(width, 2 * reach + 1)) if reach else None
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        if self.weight is None:
+            return hidden
+        mixed = functional.conv1d(
+            hidden.transpose(1, 2),
+            self.weight[:, None],
+            padding=self.reach,
+            groups=hidden.shape[-1],
+        )
+        return hidden + mixed.transpose(1, 2)
+
+
 class MaskedDiffusionLM(nn.Module):
     """Fill masked tokens, seeing both sides of each.
 
@@ -100,10 +122,11 @@ class MaskedDiffusionLM(nn.Module):
 
     def __init__(self, config: DiffusionConfig, seed: int = 0) -> None:
         super().__init__()
-        self.config = config
+        self.sizes, self.mask = config, config.mask
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.embed = nn.Embedding(config.vocabulary, config.width)
+            self.near = _Near(config.width, config.reach)
             self.blocks = nn.ModuleList(_Block(config) for _ in range(config.layers))
             self.norm = nn.RMSNorm(config.width)
             self.head = nn.Linear(config.width, config.vocabulary, bias=False)
@@ -118,7 +141,7 @@ class MaskedDiffusionLM(nn.Module):
         """Logits (B, T, V) of token ids (B, T); those at unmasked places mean nothing."""
         angle = torch.arange(input_ids.shape[1], device=input_ids.device)[:, None] * self.frequency
         turn = angle.cos(), angle.sin()
-        hidden = self.embed(input_ids)
+        hidden = self.near(self.embed(input_ids))
         for block in self.blocks:
             hidden = block(hidden, turn)
         return self.head(self.norm(hidden))

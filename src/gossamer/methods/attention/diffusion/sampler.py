@@ -28,7 +28,7 @@ def sample(
     model : ids (B, T) to logits (B, T, V), or to an output with ``logits``.
     ids : (B, T), the mask token where something is to be filled; every row masks equally many.
     prompt : tokens at the front that are the prompt. steps : 1 to the masked tokens of a row.
-    mask : the mask token's id; None takes ``model.config.mask``.
+    mask : the mask token's id; None takes ``model.mask``.
 
     Returns
     -------
@@ -41,8 +41,7 @@ def sample(
 
     Source: Large Language Diffusion Models (LLaDA, arXiv 2502.09992), low-confidence remasking.
     """
-    config: Any = cast(Any, model).config
-    mask = int(config.mask if mask is None else mask)
+    mask = int(cast(Any, model).mask if mask is None else mask)
     counts = (ids == mask).sum(1)
     left = int(counts[0])
     if bool((counts != left).any()):

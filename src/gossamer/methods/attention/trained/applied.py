@@ -1,19 +1,17 @@
 """A model trained under an attention pattern: the pattern stays, undoing gives back the weights."""
 
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gossamer.core import GossamerError
 from gossamer.methods.attention.applied import SparseAttention
 from gossamer.methods.attention.base import AttentionMethod
 from gossamer.methods.attention.selector import Selector
-from gossamer.models import Inputs, Progress, Tokens, as_tokens, context_length
+from gossamer.models import Inputs, Progress, Tokens
 from gossamer.models.fit import FitPlan, fit, in_float32
 
-__all__ = ["TrainedAttention", "as_samples", "train_under"]
+__all__ = ["TrainedAttention"]
 
 Undo = Callable[[], None]
 
@@ -32,11 +30,32 @@ class TrainedAttention(SparseAttention):
         model: nn.Module,
         selector: Selector,
         length: int,
-        give_back: Undo | None = None,
     ) -> None:
-        self._give_back = give_back
+        self._give_back: Undo | None = None
         self.losses: tuple[float, ...] = ()
         super().__init__(method, model, selector, length)
+
+    def train(
+        self, samples: Tokens | Inputs, plan: FitPlan, progress: Progress | None = None
+    ) -> None:
+        """Train the model with the pattern in place; on any failure the method is undone.
+
+        Half-precision weights are held in float32 meanwhile.
+        """
+        if not plan.steps:
+            return
+        self._give_back = _remember(self.model.parameters())
+        try:
+            with in_float32(self.model):
+                what = f"training under {self.method.key()}"
+                self.losses = fit(self.model, samples, plan, progress=progress, what=what)
+        except BaseException:
+            self.restore()
+            raise
+        # Training is no use of the trained model.
+        self.ran.clear()
+        self.guarded = 0
+        self.simulated = self.selector.simulated(self.method.backend, self.length)
 
     @property
     def rewrites(self) -> bool:
@@ -58,64 +77,6 @@ class TrainedAttention(SparseAttention):
             f"trained for {len(self.losses)} updates under the pattern; loss {first:.3f} over the "
             f"first {tenth}, {last:.3f} over the last",
         )
-
-
-def as_samples(data: Any, model: nn.Module) -> Tokens | Inputs:
-    """Training data: inputs with ``input_ids`` and ``labels`` as they are, all else as tokens.
-
-    Raises
-    ------
-    GossamerError
-        If ready-made inputs hold no token ids, or the samples are longer than the model's context.
-    """
-    if isinstance(data, Inputs) and "input_ids" not in data.values:
-        raise GossamerError(
-            f"the inputs hold {', '.join(data.values)}; give input_ids, and labels to score some "
-            "of them only"
-        )
-    samples = data if isinstance(data, Inputs) else as_tokens(data, model)
-    length, limit = sample_length(samples), context_length(model)
-    if limit is not None and length > limit:
-        raise GossamerError(
-            f"samples of {length} tokens are over the model's limit of {limit}; cut them"
-        )
-    return samples
-
-
-def sample_length(samples: Tokens | Inputs) -> int:
-    """Tokens of a sample, padding included."""
-    return samples.length if isinstance(samples, Tokens) else samples.values["input_ids"].shape[1]
-
-
-def train_under(
-    work: TrainedAttention,
-    samples: Tokens | Inputs,
-    plan: FitPlan,
-    *,
-    progress: Progress | None = None,
-) -> TrainedAttention:
-    """Train the model with the pattern in place; on any failure the model is as before.
-
-    Half-precision weights are held in float32 meanwhile.
-
-    Parameters
-    ----------
-    work : just applied. samples : see :func:`as_samples`. plan : 0 steps train nothing.
-    """
-    if not plan.steps:
-        return work
-    work._give_back = _remember(work.model.parameters())
-    try:
-        with in_float32(work.model):
-            what = f"training under {work.method.key()}"
-            work.losses = fit(work.model, samples, plan, progress=progress, what=what)
-    except BaseException:
-        work.restore()
-        raise
-    # Training is no use of the trained model.
-    work.ran.clear()
-    work.simulated = work.selector.simulated(work.method.backend, work.length)
-    return work
 
 
 def _remember(parameters: Iterable[Tensor]) -> Undo:
