@@ -13,15 +13,16 @@ from torch import Tensor, nn
 
 from gossamer.core import GossamerError, Method
 from gossamer.methods.features.autoencoder import Dictionary
-from gossamer.methods.features.hooks import find_module
+from gossamer.methods.features.hooks import find_module, split_path
 from gossamer.methods.features.measure import DictionaryScore, score_rows
 from gossamer.methods.features.objective import Layout
+from gossamer.methods.features.packing import Packed
 from gossamer.methods.features.readers import Reader
 from gossamer.methods.features.rules import Rule, check_k
 from gossamer.methods.features.source import ActivationSource, check_sink_multiple
 from gossamer.methods.features.splicing import SplicedModel
 from gossamer.methods.features.training import Recipe, train
-from gossamer.models import Inputs, Progress, as_tokens, find_sites
+from gossamer.models import Inputs, Progress, Tokens, as_tokens, find_sites
 
 __all__ = ["CountedMethod", "DictionaryMethod", "RevivedMethod"]
 
@@ -79,6 +80,25 @@ class DictionaryMethod(Method):
         """Which columns of the source's rows are what."""
         return Layout(source.width)
 
+    def options(self, source: ActivationSource) -> dict[str, Any]:
+        """What the trainer needs to know beside the layout."""
+        return {}
+
+    def facts(self, source: ActivationSource) -> dict[str, Any]:
+        """What a splice needs to know of the dictionary, for its metadata."""
+        return {}
+
+    def paths(self, model: nn.Module) -> str | tuple[str, ...]:
+        """What is read: the hook, or the middle block."""
+        if self.hook is not None:
+            return self.hook
+        blocks = find_sites(model).blocks
+        return blocks[len(blocks) // 2]
+
+    def prepared(self, model: nn.Module, data: Any) -> Tokens | Packed | Inputs:
+        """The data as windows."""
+        return data if isinstance(data, Inputs) else as_tokens(data, model, seed=self.seed)
+
     @property
     def warmup_rows(self) -> int:
         """Rows over which a penalty rises to its weight: 5 % of the run."""
@@ -93,7 +113,7 @@ class DictionaryMethod(Method):
         rows = source.count
         return replace(
             self,
-            hook=source.path,
+            hook=source.paths[-1],
             width=_EXPANSION * self.layout(source).reads if self.width is None else self.width,
             tokens=_PASSES * rows if self.tokens is None else self.tokens,
             batch_size=min(self.batch_size, max(1, rows)),
@@ -107,23 +127,19 @@ class DictionaryMethod(Method):
         GossamerError
             If the hook names no module, or the data is unusable.
         """
-        hook = self.hook
-        if hook is None:
-            blocks = find_sites(model).blocks
-            hook = blocks[len(blocks) // 2]
-        find_module(model, hook)
-        if not isinstance(data, Inputs):
-            data = as_tokens(data, model, seed=self.seed)
+        paths = self.paths(model)
+        for path in (paths,) if isinstance(paths, str) else paths:
+            find_module(model, split_path(path)[0])
         return ActivationSource(
             model,
-            hook,
-            data,
+            paths,
+            self.prepared(model, data),
             seed=self.seed,
             sink_multiple=self.sink_multiple,
-            reader=self.reader(model, hook),
+            reader=self.reader(paths if isinstance(paths, str) else paths[-1]),
         )
 
-    def reader(self, model: nn.Module, hook: str) -> Reader | None:
+    def reader(self, hook: str) -> Reader | None:
         """What reads other columns than the hook's output; None where that is all."""
         return None
 
@@ -157,9 +173,10 @@ class DictionaryMethod(Method):
             rule=method.rule(),
             recipe=recipe,
             layout=layout,
+            **method.options(source),
             progress=progress,
         )
-        made.metadata |= source.metadata() | {"method": method.to_dict()}
+        made.metadata |= source.metadata() | self.facts(source) | {"method": method.to_dict()}
         return method, made
 
     def apply(
@@ -180,7 +197,8 @@ class DictionaryMethod(Method):
         method, made = self._fit(model, source, progress)
         score = score_rows(made, source.head(_SCORED_ROWS), method.layout(source))
         made.metadata["score"] = vars(score)
-        return SplicedModel(method, model, made, source.path, score, keep_error=keep_error)
+        assert method.hook is not None
+        return SplicedModel(method, model, made, method.hook, score, keep_error=keep_error)
 
     def reattach(
         self, model: nn.Module, meta: Mapping[str, Any], tensors: Mapping[str, Tensor]

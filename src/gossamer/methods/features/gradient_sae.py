@@ -8,8 +8,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from torch import nn
-
 from gossamer.core import Card
 from gossamer.methods.features.base import CountedMethod
 from gossamer.methods.features.objective import Layout
@@ -71,7 +69,7 @@ class GradientSAE(CountedMethod):
         super().__post_init__()
         GradientTopK(self.k, self.beta)
 
-    def reader(self, model: nn.Module, hook: str) -> Reader:
+    def reader(self, hook: str) -> Reader:
         return GradientReader(hook)
 
     def layout(self, source: ActivationSource) -> Layout:

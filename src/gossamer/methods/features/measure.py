@@ -144,6 +144,12 @@ class Interval:
     low: float
     high: float
 
+    @classmethod
+    def of(cls, value: float, drawn: Tensor) -> "Interval":
+        """A figure with the middle 95 % of its resamplings."""
+        low, high = drawn.double().quantile(_TAILS).tolist()
+        return cls(value, low, high)
+
     def __str__(self) -> str:
         return f"{self.value:.4f} [{self.low:.4f}, {self.high:.4f}]"
 
@@ -179,10 +185,7 @@ def bootstrap(
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randint(len(documents), (draws, len(documents)), generator=generator)
     whole, drawn = _figures(sums.sum(0)[None]), _figures(sums[chosen].sum(1))
-    return {
-        name: Interval(float(whole[i]), *drawn[i].quantile(_TAILS).tolist())
-        for i, name in enumerate(("ev", "l0"))
-    }
+    return {name: Interval.of(float(whole[i]), drawn[i]) for i, name in enumerate(("ev", "l0"))}
 
 
 _TAILS = torch.tensor([0.025, 0.975], dtype=torch.float64)

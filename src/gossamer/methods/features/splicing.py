@@ -4,7 +4,8 @@ Shapes: R = rows, D = width, M = latents.
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -12,8 +13,14 @@ from torch import Tensor, nn
 
 from gossamer.core import GossamerError, Method, SparseRows
 from gossamer.methods.features.autoencoder import Dictionary
-from gossamer.methods.features.hooks import find_module, hidden_of, with_hidden
-from gossamer.methods.features.measure import DictionaryScore
+from gossamer.methods.features.hooks import (
+    find_module,
+    hidden_of,
+    input_of,
+    split_path,
+    with_hidden,
+)
+from gossamer.methods.features.measure import DictionaryScore, Interval
 from gossamer.methods.features.source import ActivationSource
 from gossamer.models import Applied, Report, SiteRow, State, Tokens, find_sites
 
@@ -26,6 +33,9 @@ class Splice:
     """A hook that decodes a module's output from its sparse code.
 
     Rows above the dictionary's ``sink_norm``, which it was not trained on, pass unchanged.
+    A dictionary whose metadata name other modules under ``reads`` (``path:in`` for an input) gets
+    their activations side by side; ``writes`` then gives the columns of the reconstruction that
+    take the place of this module's output.
 
     Parameters
     ----------
@@ -50,11 +60,40 @@ class Splice:
     ) -> None:
         self.path, self.dictionary = path, dictionary
         self.keep_error, self.edit = keep_error, edit
-        self._handle = find_module(model, path).register_forward_hook(self._hook)
+        self._reads = tuple(dictionary.metadata.get("reads") or (path,))
+        self._seen: dict[str, Tensor] = {}
+        self._handles = ExitStack()
+        try:
+            for read in self._reads:
+                if read != path:
+                    self._watch(model, read)
+            module = find_module(model, path)
+            self._handles.callback(module.register_forward_hook(self._hook).remove)
+        except BaseException:
+            self.remove()
+            raise
+
+    def _watch(self, model: nn.Module, read: str) -> None:
+        """Keep what a module takes or returns, until the spliced module runs."""
+        name, inward = split_path(read)
+        module = find_module(model, name)
+
+        def before(module: nn.Module, args: Any, kwargs: Any) -> None:
+            self._seen[read] = input_of(args, kwargs, read)
+
+        def after(module: nn.Module, args: Any, output: Any) -> None:
+            self._seen[read] = hidden_of(output, read)
+
+        if inward:
+            handle = module.register_forward_pre_hook(before, with_kwargs=True)
+        else:
+            handle = module.register_forward_hook(after)
+        self._handles.callback(handle.remove)
 
     def remove(self) -> None:
-        """Take the hook away; a second call does nothing."""
-        self._handle.remove()
+        """Take the hooks away; a second call does nothing."""
+        self._handles.close()
+        self._seen.clear()
 
     def __enter__(self) -> "Splice":
         return self
@@ -68,16 +107,28 @@ class Splice:
 
     def _rewrite(self, hidden: Tensor) -> Tensor:
         made, rows = self.dictionary, hidden.reshape(-1, hidden.shape[-1])
-        codes = made.encode(rows)
-        plain = made.decode(codes)
-        new = plain if self.edit is None else made.decode(self.edit(codes))
+        self._seen[self.path] = hidden
+        parts = [self._read(path).reshape(len(rows), -1) for path in self._reads]
+        self._seen.clear()
+        given = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+        written = slice(*made.metadata.get("writes", (None,)))
+        codes = made.encode(given)
+        plain = made.decode(codes, given)[:, written]
+        new = plain if self.edit is None else made.decode(self.edit(codes), given)[:, written]
         if self.keep_error:
             new = rows.to(new.dtype) + (new - plain)
         limit = made.metadata.get("sink_norm")
         if limit is not None:
-            sink = torch.linalg.vector_norm(rows.float(), dim=1) > limit
+            sink = torch.linalg.vector_norm(parts[0].float(), dim=1) > limit
             new = torch.where(sink[:, None], rows.to(new.dtype), new)
         return new.view(hidden.shape).to(hidden.dtype)
+
+    def _read(self, path: str) -> Tensor:
+        if path not in self._seen:
+            raise GossamerError(
+                f"module {path} has not run when {self.path} does; splice the later of the two"
+            )
+        return self._seen[path]
 
 
 class SplicedModel(Applied):
@@ -148,32 +199,46 @@ class LossRecovered:
     ----------
     clean, spliced, ablated : mean next-token loss in nats, over the same real tokens.
     ablation : what ``ablated`` puts in place of the activations: ``zero`` or ``mean``.
+    windows : (W, 4) float64: tokens counted in each window, and the three losses summed there.
     """
 
     clean: float
     spliced: float
     ablated: float
     ablation: str
+    windows: Tensor | None = field(default=None, compare=False, repr=False)
 
     @property
     def recovered(self) -> float:
         """(ablated - spliced) / (ablated - clean); 1 when the splice costs nothing."""
         return (self.ablated - self.spliced) / (self.ablated - self.clean)
 
+    def interval(self, *, draws: int = 1000, seed: int = 0) -> Interval:
+        """:attr:`recovered` with its interval, from resampling whole windows."""
+        if self.windows is None or len(self.windows) < 2:
+            raise GossamerError("fewer than 2 windows cannot be resampled; measure on more text")
+        generator = torch.Generator().manual_seed(seed)
+        count = len(self.windows)
+        chosen = torch.randint(count, (draws, count), generator=generator)
+        clean, spliced, ablated = self.windows[chosen].sum(1)[:, 1:].unbind(1)
+        return Interval.of(self.recovered, (ablated - spliced) / (ablated - clean))
+
 
 @torch.no_grad()
-def _loss(model: nn.Module, tokens: Tokens, batch_size: int) -> float:
+def _loss(model: nn.Module, tokens: Tokens, batch_size: int) -> Tensor:
+    """(W, 2), float64: tokens with a next one in each window, and their summed loss."""
     device = next(model.parameters()).device
-    total, count = 0.0, 0
+    found = []
     for start in range(0, len(tokens), batch_size):
         part = tokens.slice(start, start + batch_size)
         logits = model(**next(part.batches(len(part), device))).logits[:, :-1].float()
         mask = part.attention_mask
         real = (mask[:, 1:] & mask[:, :-1]).to(device)
         wanted = part.input_ids[:, 1:].to(device)
-        total += float(nn.functional.cross_entropy(logits[real], wanted[real], reduction="sum"))
-        count += int(real.sum())
-    return total / max(1, count)
+        losses = nn.functional.cross_entropy(logits.transpose(1, 2), wanted, reduction="none")
+        summed = (losses.double() * real).sum(1)
+        found.append(torch.stack([real.sum(1).double(), summed], 1).cpu())
+    return torch.cat(found)
 
 
 @torch.no_grad()
@@ -227,4 +292,7 @@ def loss_recovered(
         ablated = _loss(model, tokens, batch_size)
     finally:
         handle.remove()
-    return LossRecovered(clean, spliced, ablated, ablation)
+    sums = torch.cat([clean, spliced[:, 1:], ablated[:, 1:]], 1)
+    count = max(1.0, float(sums[:, 0].sum()))
+    means = (sums[:, 1:].sum(0) / count).tolist()
+    return LossRecovered(means[0], means[1], means[2], ablation, sums)

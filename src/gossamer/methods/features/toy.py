@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Hierarchy", "Shared", "Superposition"]
+__all__ = ["Heard", "Hierarchy", "Shared", "Superposition"]
 
 # Far from the seeds of dictionaries: with a common seed, a dictionary's first atoms and the true
 # ones would be the same draw, and the answer would be given away before training. Below 2^32,
@@ -69,6 +69,11 @@ class Superposition:
 
     def rows_of(self, atoms: Tensor, size: int, seed: int = 0) -> Iterator[Tensor]:
         """Batches of this bed's codes shown by other atoms (G, any width)."""
+        for codes, noise in self.codes(size, atoms.shape[1], seed):
+            yield codes @ atoms + self.noise * noise
+
+    def codes(self, size: int, wide: int, seed: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Endless codes (size, G) with standard normal noise (size, wide) to go with them."""
         rates = self.rates()
         generator = torch.Generator().manual_seed(_ROWS + 1_000_003 * self.seed + seed)
         while True:
@@ -76,8 +81,8 @@ class Superposition:
             amount = 0.5 + torch.randn(size, self.atoms, generator=generator).abs()
             if self.signed:
                 amount *= 1 - 2 * torch.randint(2, amount.shape, generator=generator)
-            noise = torch.randn(size, atoms.shape[1], generator=generator)
-            yield (on * amount) @ atoms + self.noise * noise
+            noise = torch.randn(size, wide, generator=generator)
+            yield on * amount, noise
 
 
 @dataclass(frozen=True)
@@ -125,6 +130,27 @@ class Hierarchy:
         """Endless (size, D) batches of fresh rows; equal for equal seeds."""
         for rows, _ in self.labelled(size, seed):
             yield rows
+
+
+@dataclass(frozen=True)
+class Heard:
+    """Superposition of which a model hears every second atom: rows and gradients of its loss.
+
+    The gradient of a row is the sum of the heard atoms that occur in it, each with a sign of its
+    own; rows and gradients stand side by side, (2 D,).
+    """
+
+    bed: Superposition = Superposition()
+
+    def batches(self, size: int, seed: int = 0) -> Iterator[Tensor]:
+        """Endless (size, 2 D) batches of fresh rows; equal for equal seeds."""
+        atoms = self.bed.true_atoms()
+        heard = torch.arange(len(atoms)) % 2 == 1
+        generator = torch.Generator().manual_seed(_ROWS + 7 * self.bed.seed + seed)
+        for codes, noise in self.bed.codes(size, self.bed.d_in, seed):
+            signs = 1 - 2 * torch.randint(2, codes.shape, generator=generator)
+            gradient = ((codes != 0) * heard * signs).float() @ atoms
+            yield torch.cat([codes @ atoms + self.bed.noise * noise, gradient], 1)
 
 
 @dataclass(frozen=True)
