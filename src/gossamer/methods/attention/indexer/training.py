@@ -27,14 +27,14 @@ from gossamer.models.fit import FitPlan, fit
 if TYPE_CHECKING:
     from gossamer.methods.attention.base import AttentionMethod
 
-__all__ = ["divergence", "summed_attention", "train_indexers"]
+__all__ = ["Witness", "divergence", "summed_attention", "train_indexers"]
 
 QUERIES = 64
 """Queries of a sequence that teach in one update."""
 
 
 @dataclass(frozen=True)
-class _Witness(Selector):
+class Witness(Selector):
     """Keeps everything and notes every call of the layers that learn."""
 
     stateful = True
@@ -107,7 +107,7 @@ def train_indexers(
     -------
     The divergence in nats before every update, the mean over layers.
     """
-    witness = _Witness(frozenset(indexers))
+    witness = Witness(frozenset(indexers))
     generator = torch.Generator().manual_seed(plan.seed)
     parameters = [p for indexer in indexers.values() for p in indexer.parameters()]
     body = getattr(model, "base_model", model)
