@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from gossamer.core import Card, GossamerError, check_count, check_sparsity
+from gossamer.core import Card, GossamerError, check_count
 from gossamer.methods.attention.base import AttentionMethod
 from gossamer.methods.attention.decoding.choose import Amount
 from gossamer.methods.attention.decoding.profile import Costs, best_anchors, profile

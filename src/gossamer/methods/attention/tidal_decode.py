@@ -1,7 +1,7 @@
 """TidalDecode: neighbouring layers want the same keys, so choose in two layers and reuse.
 
 While decoding, an early layer attends to all keys and keeps the places of the best; the layers
-behind it read only those. One layer in the middle attends to all keys again and corrects the choice.
+behind it read only those. One layer in the middle attends to all keys and corrects the choice.
 """
 
 from collections.abc import Mapping

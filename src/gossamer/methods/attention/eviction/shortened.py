@@ -76,6 +76,8 @@ class Shortened(DynamicLayer):
     removed : tokens of which only some are held. keys, values : (B, G, T, D or E), all later ones.
     """
 
+    keys: Any
+    values: Any
     kept_keys: Ragged
     kept_values: Ragged
     places: Ragged
@@ -122,7 +124,7 @@ class Shortened(DynamicLayer):
         """Hold nothing, as an ordinary layer."""
         super().reset()
         for name in ("kept_keys", "kept_values", "places", "removed"):
-            self.__dict__.pop(name, None)
+            vars(self).pop(name, None)
         become(self, DynamicLayer)
 
     def _pick(self, rows: Tensor) -> None:
