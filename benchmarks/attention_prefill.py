@@ -1,7 +1,7 @@
 """How fast block-sparse attention is on a GPU, beside the fastest dense attention there.
 
     python benchmarks/attention_prefill.py [--lengths 131072] [--kept 0.1 0.5] [--tune]
-        [--flex] [--seconds 120] [--json FILE]
+        [--flex] [--skip] [--columns] [--seconds 120] [--json FILE]
 
 The promise on an H200 (32 query heads, 8 key-value heads of width 128, bfloat16, batch 1, random
 causal blocks of 128 x 128, 131072 tokens): at least 7.5 times as fast as dense at 10 % of the
@@ -10,7 +10,10 @@ measured in the same rounds; every key-value head has lists of its own, the diag
 kept, and ``kept`` counts causal pairs. Results are checked against a dense mask at 4096 tokens
 first. Times are medians of rounds run in turn, with lowest and highest; the plan of the lists (its
 sort included) is part of ours, making the lists is not: see ``attention_selection.py``.
-``--tune`` tries the tiles of both kernels, ``--flex`` adds torch's compiled FlexAttention.
+``--tune`` tries the tiles of both kernels, ``--flex`` adds torch's compiled FlexAttention,
+``--columns`` 1000 random single columns beside the blocks, ``--skip`` attention that skips tiles
+(BLASST) on keys made so that three of four tiles can be skipped: scores are always computed, so
+it can reach 2 times at most.
 """
 
 import argparse
@@ -27,6 +30,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from gossamer.kernels.block_attention import block_attention
 from gossamer.kernels.block_attention.forward import Lists, Tiles, forward
+from gossamer.kernels.skip_softmax import skip_softmax
+from gossamer.kernels.skip_softmax.flash import LOG2E, prefill
 
 HEADS, SHARED, WIDTH, BLOCK = 32, 8, 128, 128
 PROMISES = {0.1: 7.5, 0.5: 1.5}
@@ -135,12 +140,52 @@ def flex(q: Tensor, k: Tensor, v: Tensor, indptr: Tensor, indices: Tensor) -> Ca
     return lambda: run(q, k, v, block_mask=mask, enable_gqa=True)
 
 
+def skipped(q: Tensor, k: Tensor, v: Tensor, rounds: int) -> None:
+    """Attention that skips tiles, where one key in every 512 is loud for all queries."""
+    tokens = q.shape[2]
+    loud_q, loud_k = q + 2, k.clone()
+    loud_k[:, :, ::512] = 2
+    short = [x[:, : 4 if x is loud_q else 1, :1024].contiguous() for x in (loud_q, loud_k, v)]
+    found, _ = skip_softmax(*short, 1e-3, backend="triton")
+    wide, _ = skip_softmax(*(x.float() for x in short), 1e-3, backend="reference")
+    assert float((found - wide).norm() / wide.norm()) < 1e-2
+    kind = SDPBackend.CUDNN_ATTENTION
+    calls: dict[str, Callable[[], object]] = {"dense": lambda: dense(kind, loud_q, loud_k, v)}
+
+    def ours(cut: float, tile: tuple[int, int], warps: int, stages: int) -> Callable[[], Tensor]:
+        return lambda: prefill(
+            *(loud_q, loud_k, v),
+            cut=cut,
+            factor=WIDTH**-0.5 * LOG2E,
+            query_offset=0,
+            first=None,
+            softcap=None,
+            tile=tile,
+            warps=warps,
+            stages=stages,
+        )[1]
+
+    for shape in (((128, 128), 8, 2), ((128, 128), 8, 3), ((128, 64), 4, 2), ((128, 64), 8, 3)):
+        calls[f"skip {shape}"] = ours(-10.0, *shape)
+        calls[f"skip nothing {shape}"] = ours(float("-inf"), *shape)
+    times = timed(calls, rounds)
+    for name, ms in times.items():
+        count = calls[name]() if name != "dense" else None
+        speed = statistics.median(d / m for d, m in zip(times["dense"], ms, strict=True))
+        note = ""
+        if isinstance(count, Tensor):
+            note = f" tiles skipped {int(count[..., 0].sum()) / int(count[..., 1].sum()):.3f}"
+        print(f"{tokens} {name:<32} {statistics.median(ms):8.2f} ms {speed:6.2f}x{note}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--lengths", type=int, nargs="+", default=[131072])
     parser.add_argument("--kept", type=float, nargs="+", default=[0.1, 0.5])
     parser.add_argument("--tune", action="store_true")
     parser.add_argument("--flex", action="store_true")
+    parser.add_argument("--skip", action="store_true")
+    parser.add_argument("--columns", action="store_true")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=120.0, help="for one length")
     parser.add_argument("--json", type=Path)
@@ -175,11 +220,18 @@ def main() -> None:
                     at,
                     scale=WIDTH**-0.5,
                     hopper=hopper,
-                    tiles=tiles,  # noqa: B023
+                    tiles=tiles,
                 )
 
             calls["hopper"] = ours(True, None)
             calls["triton"] = ours(False, None)
+            if given.columns:
+                drawn = torch.rand(1, SHARED, tokens, device="cuda").topk(1000).indices
+                drawn = drawn.sort(-1).values.to(torch.int32)
+                for name, hopper in (("hopper", True), ("triton", False)):
+                    calls[f"{name}, 1000 columns"] = ours(
+                        hopper, None, found._replace(columns=drawn)
+                    )
             if given.tune:
                 calls |= {name: ours(hopper, tiles) for name, hopper, tiles in candidates()}
             if given.flex:
@@ -216,6 +268,8 @@ def main() -> None:
             print(f"  extra memory at its peak: {peak / 1e6:.0f} MB, of which the result "
                   f"{q.nbytes / 1e6:.0f} MB; a mask of all pairs would be "
                   f"{tokens * tokens / 1e6:.0f} MB")  # fmt: skip
+        if given.skip:
+            skipped(q, k, v, given.rounds)
     if given.json:
         given.json.write_text(json.dumps(records, indent=1))
 

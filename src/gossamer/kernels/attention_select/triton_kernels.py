@@ -12,7 +12,7 @@ __all__ = ["cut_kernel", "last_mass_kernel", "last_top_kernel", "mean_kernel"]
 
 
 @triton.jit
-def _tile(q_ptr, k_ptr, stride_qw, stride_kn, tile, first, factor, softcap, K, W, D,
+def _tile(q_ptr, k_ptr, stride_qw, stride_kn, tile, first, factor, softcap, K, W, D: tl.constexpr,
           WP: tl.constexpr, DP: tl.constexpr, SOFTCAP: tl.constexpr,
           PRECISION: tl.constexpr):  # fmt: skip
     """Scores in base 2 of the last queries of one head for one tile of keys: (WP, WP)."""
@@ -54,7 +54,7 @@ def last_top_kernel(
     H,
     K,
     W,
-    D,
+    D: tl.constexpr,
     EACH,
     R: tl.constexpr,
     WP: tl.constexpr,
@@ -106,7 +106,7 @@ def last_mass_kernel(
     G,
     K,
     W,
-    D,
+    D: tl.constexpr,
     S,
     TILES,
     R: tl.constexpr,
@@ -163,7 +163,7 @@ def mean_kernel(
     H,
     T,
     BLOCKS,
-    D,
+    D: tl.constexpr,
     BLOCK,
     N: tl.constexpr,
     DP: tl.constexpr,
@@ -199,11 +199,10 @@ def cut_kernel(x_ptr, kept_ptr, SIZE, target, N: tl.constexpr):
     base = x_ptr + row * SIZE
     found = tl.full((), 0, tl.int32)
     for turn in tl.static_range(16):
-        shift: tl.constexpr = 30 - 2 * turn
         # The sign bit is never set: the first turn has one bit.
-        one = found | (1 << shift)
-        two = found | (2 << shift) if turn > 0 else 2147483647
-        three = found | (3 << shift) if turn > 0 else 2147483647
+        one = found | (1 << (30 - 2 * turn))
+        two = found | (2 << (30 - 2 * turn)) if turn > 0 else 2147483647
+        three = found | (3 << (30 - 2 * turn)) if turn > 0 else 2147483647
         m1 = tl.zeros((N,), dtype=tl.int64)
         m2 = tl.zeros((N,), dtype=tl.int64)
         m3 = tl.zeros((N,), dtype=tl.int64)
@@ -220,7 +219,7 @@ def cut_kernel(x_ptr, kept_ptr, SIZE, target, N: tl.constexpr):
             + (tl.sum(m2, 0) >= target).to(tl.int32)
             + (tl.sum(m3, 0) >= target).to(tl.int32)
         )
-        found = found | (digit << shift)
+        found = found | (digit << (30 - 2 * turn))
     above = tl.zeros((N,), dtype=tl.int64)
     for at in range(0, SIZE, N):
         n = at + tl.arange(0, N)

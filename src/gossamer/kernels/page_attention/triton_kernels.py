@@ -26,7 +26,7 @@ def bounds_kernel(
     stride_kn,
     G,
     PAGES,
-    D,
+    D: tl.constexpr,
     PAGE: tl.constexpr,
     N: tl.constexpr,
     DP: tl.constexpr,
@@ -70,7 +70,7 @@ def score_kernel(
     stride_sn,
     G,
     PAGES,
-    D,
+    D: tl.constexpr,
     R: tl.constexpr,
     N: tl.constexpr,
     DP: tl.constexpr,
@@ -133,17 +133,16 @@ def _choose(score_ptr, list_ptr, OWN, KEEP, low, high, PP: tl.constexpr):
     # The KEEP-th largest, two bits a turn: three counts in one sum.
     found = tl.full((), 0, tl.uint32)
     for turn in tl.static_range(16):
-        shift: tl.constexpr = 30 - 2 * turn
-        one = (number >= (found | (1 << shift))).to(tl.int64)
-        two = (number >= (found | (2 << shift))).to(tl.int64)
-        three = (number >= (found | (3 << shift))).to(tl.int64)
+        one = (number >= (found | (1 << (30 - 2 * turn)))).to(tl.int64)
+        two = (number >= (found | (2 << (30 - 2 * turn)))).to(tl.int64)
+        three = (number >= (found | (3 << (30 - 2 * turn)))).to(tl.int64)
         count = tl.sum(one + (two << 20) + (three << 40), 0)
         digit = (
             ((count & 0xFFFFF) >= KEEP).to(tl.uint32)
             + (((count >> 20) & 0xFFFFF) >= KEEP).to(tl.uint32)
             + ((count >> 40) >= KEEP).to(tl.uint32)
         )
-        found = found | (digit << shift)
+        found = found | (digit << (30 - 2 * turn))
     above = (number > found).to(tl.int32)
     equal = (number == found).to(tl.int32)
     spare = KEEP - tl.sum(above, 0)
@@ -183,8 +182,8 @@ def decode_kernel(
     END,
     PAGES,
     KEEP,
-    D,
-    E,
+    D: tl.constexpr,
+    E: tl.constexpr,
     R: tl.constexpr,
     RP: tl.constexpr,
     DP: tl.constexpr,
@@ -276,7 +275,7 @@ def merge_kernel(
     sink_ptr,
     out_ptr,
     S,
-    E,
+    E: tl.constexpr,
     R: tl.constexpr,
     G: tl.constexpr,
     SP: tl.constexpr,
