@@ -82,7 +82,10 @@ def test_what_the_packings_lay():
     assert concat.segments.tolist() == [[0, 0, 0, 0, 1], [1, 1, 1, 1, 1]]
     assert concat.positions.tolist() == [[0, 1, 2, 3, 4]] * 2
     varlen = pack(DOCUMENTS, length=8, packing="varlen")
-    assert varlen.input_ids.tolist() == [[5, 6, 7, 8, 9, 10, 11, 12], [13, 14, 15, 16, 17, 18, 0, 0]]
+    assert varlen.input_ids.tolist() == [
+        [5, 6, 7, 8, 9, 10, 11, 12],
+        [13, 14, 15, 16, 17, 18, 0, 0],
+    ]
     assert varlen.positions.tolist() == [[0, 1, 2, 0, 1, 2, 3, 4], [0, 1, 0, 1, 2, 3, 0, 0]]
 
 
