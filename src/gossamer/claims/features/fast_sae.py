@@ -1,0 +1,142 @@
+"""FAST: dialogues read apart give dictionaries that fit dialogues read apart."""
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from gossamer.claims.base import Claim, Figures, Tier, Verdict, mean
+from gossamer.claims.features.beds import one_thread
+from gossamer.claims.features.stream_bed import batches, middle
+from gossamer.claims.lm import nano
+from gossamer.methods.features.autoencoder import Dictionary
+from gossamer.methods.features.batch_topk_sae import BatchTopKSAE
+from gossamer.methods.features.measure import score_rows
+from gossamer.methods.features.packing import Packed, pack
+from gossamer.methods.features.source import ActivationSource
+from gossamer.methods.features.training import train
+from gossamer.models import read_documents
+
+__all__ = ["CLAIMS"]
+
+_TEMPLATE = ("<|user|>\n", "\n<|assistant|>\n", "\n<|end|>\n")
+_SIZES: dict[Tier, tuple[int, int]] = {"smoke": (64, 120), "small": (480, 900)}
+_LENGTH = 256
+
+
+def _chats(texts: list[str], count: int, seed: int) -> tuple[list[list[int]], list[list[bool]]]:
+    """Two-turn dialogues cut from texts, and which of their tokens are the template's."""
+    tokenizer = nano().tokenizer
+    opening, turn, end = tokenizer(list(_TEMPLATE), add_special_tokens=False)["input_ids"]
+    stream = [t for ids in tokenizer(texts, verbose=False)["input_ids"] for t in ids]
+    generator = torch.Generator().manual_seed(seed)
+    chats, marks = [], []
+    for _ in range(count):
+        parts = []
+        for _ in range(2):
+            long = int(torch.randint(8, 40, (), generator=generator))
+            start = int(torch.randint(len(stream) - long, (), generator=generator))
+            parts.append(stream[start : start + long])
+        ask, answer = parts
+        chats.append([*opening, *ask, *turn, *answer, *end])
+        lengths = ((opening, True), (ask, False), (turn, True), (answer, False), (end, True))
+        marks.append([flag for part, flag in lengths for _ in part])
+    return chats, marks
+
+
+def _rows(data: Packed) -> Tensor:
+    source = ActivationSource(nano().model, middle(), data, windows=16, sink_multiple=None)
+    return torch.cat(list(source.one_pass()))
+
+
+def _fit(rows: Tensor, steps: int, seed: int) -> Dictionary:
+    method = BatchTopKSAE(k=16, width=512, seed=seed, lr=3e-3)
+    return train(
+        batches(rows, 256, seed),
+        width=512,
+        rule=method.rule(),
+        recipe=method.recipe(steps, 256),
+    )
+
+
+@one_thread()
+def _apart(tier: Tier, seed: int) -> Figures:
+    count, steps = _SIZES[tier]
+    texts = read_documents(None, "calibration")
+    chats, _ = _chats(texts, count, seed)
+    plain = nano().tokenizer(texts, verbose=False)["input_ids"]
+    total = sum(map(len, chats))
+    held, marks = _chats(read_documents(None, "heldout"), 48, 100 + seed)
+    test = _rows(pack(held, length=_LENGTH, packing="none"))
+    template = torch.tensor([mark for row in marks for mark in row])
+    found: dict[str, float] = {}
+    for name, data in (
+        ("apart", pack(chats, length=_LENGTH, packing="none")),
+        ("joined", pack(chats, length=_LENGTH, packing="concat")),
+        ("plain", pack(plain, length=_LENGTH, packing="concat")),
+    ):
+        # As many tokens of each, those of the texts from places all over them.
+        rows = _rows(_first(data, total, seed))[:total]
+        made = _fit(rows, steps, seed)
+        score, marked = score_rows(made, [test]), score_rows(made, [test[template]])
+        found |= {f"fvu_{name}": score.fvu, f"template_{name}": marked.fvu, f"l0_{name}": score.l0}
+    return found | {"tokens": float(total)}
+
+
+def _first(data: Packed, tokens: int, seed: int) -> Packed:
+    """Windows, drawn by a seed where there are more than needed, that hold so many tokens."""
+    if data.count <= tokens:
+        return data
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
+    need = 1 + int((data.keep[order].sum(1).cumsum(0) < tokens).sum())
+    at = order[:need]
+    return Packed(
+        data.input_ids[at],
+        data.segments[at],
+        data.positions[at],
+        data.keep[at],
+        data.separate,
+        data.facts,
+    )
+
+
+def _check(runs: Sequence[Figures]) -> Verdict:
+    apart, joined = mean(runs, "fvu_apart"), mean(runs, "fvu_joined")
+    plain = mean(runs, "fvu_plain")
+    if apart >= plain or apart > 0.9:
+        return Verdict.FAILS
+    marked = mean(runs, "template_apart") <= 0.7 * mean(runs, "template_plain")
+    return Verdict.HOLDS if apart < joined < plain and marked else Verdict.WEAKER
+
+
+_TEXT = {
+    "sentence": "A dictionary trained on dialogues read apart reconstructs dialogues read apart "
+    "better than one trained on joined dialogues, and that better than one trained on plain text.",
+    "paper": "Qwen2.5-7B-Instruct: squared error of a token 0.65, against 1.51 on joined dialogues "
+    "and 5.20 on joined pre-training text",
+    "check": _check,
+    "ours": "FVU on held-out dialogues {fvu_apart:.3f} trained on dialogues apart, "
+    "{fvu_joined:.3f} joined, {fvu_plain:.3f} on plain text; at template tokens "
+    "{template_apart:.3f}, {template_joined:.3f}, {template_plain:.3f}; L0 {l0_apart:.1f}, "
+    "{l0_joined:.1f}, {l0_plain:.1f}; {tokens:.0f} tokens each",
+}
+
+CLAIMS = (
+    Claim(
+        name="fits dialogues, in brief",
+        **_TEXT,
+        experiment="middle block of the packaged model, which was not tuned on dialogues: two-turn "
+        "dialogues cut from its texts under a template; the same BatchTopK dictionary (512 "
+        "latents, k = 16, 120 steps) on equal tokens of each; holds when FVU rises in the order "
+        "given and at template tokens is at most 0.7 of plain text's",
+        run=partial(_apart, "smoke"),
+    ),
+    Claim(
+        name="fits dialogues",
+        **_TEXT,
+        experiment="as above with 480 dialogues and 900 steps",
+        run=partial(_apart, "small"),
+        tier="small",
+    ),
+)
