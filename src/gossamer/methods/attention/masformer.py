@@ -135,6 +135,7 @@ class MASFormer(TrainedMethod):
         kernel="block-wise gather of the band, fused attention",
         departs="sliding windows for block-wise ones; the placement is a parameter",
     )
+    works: ClassVar[type[TrainedAttention]] = MixedSpans
     example: ClassVar[Mapping[str, Any]] = {
         "full_layers": 1,
         "window": 4,

@@ -81,5 +81,5 @@ def keep_isolated(score: Tensor, first: int, share: float) -> Tensor:
         blocks = part.shape[-1]
         # Room for rounding: 0.3 of 10 blocks are 3.
         keep = 1 + int(share * blocks + 1e-9)
-        kept.append(topk_mask(part.reshape(-1, blocks), keep).view(part.shape))
+        kept.append(topk_mask(part.flatten(0, -2), keep).view(part.shape))
     return torch.cat(kept, dim=-1)

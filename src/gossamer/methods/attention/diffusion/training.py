@@ -21,6 +21,7 @@ from gossamer.models.fit import FitPlan, fit
 
 __all__ = ["denoising_loss", "mask_some", "train"]
 
+
 def mask_some(fillable: Tensor, share: Tensor) -> Tensor:
     """Which tokens are masked: each fillable one with its sample's share, at least one a sample.
 
@@ -72,9 +73,7 @@ def train(
     if not bool(fillable.any(1).all()):
         raise GossamerError("a sample has no token that may be masked; leave it out")
     if bool((ids == model.mask).any()):
-        raise GossamerError(
-            f"the data holds the mask token {model.mask}; give texts without it"
-        )
+        raise GossamerError(f"the data holds the mask token {model.mask}; give texts without it")
     return fit(
         model, data, plan, loss=denoising_loss, progress=progress, what="training to denoise"
     )
