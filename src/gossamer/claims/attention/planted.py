@@ -17,7 +17,9 @@ from gossamer.methods.attention.executor import Call
 
 __all__ = ["Plant", "Planted", "planted"]
 
-Plant = Literal["sink+band", "band", "columns+diagonals", "blocks", "needle", "smooth", "noise"]
+Plant = Literal[
+    "sink+band", "band", "columns+diagonals", "blocks", "needle", "smooth", "zipf", "noise"
+]
 
 HEIGHT = 16.0
 """Score of a planted pair, in nats above the background's mean."""
@@ -67,7 +69,8 @@ def planted(
         the keys exactly 2 lags back. ``blocks``: every 64 queries read 4 earlier 64-key blocks of
         their own. ``needle``: the band, and one stretch of 8 keys read by the last eighth of the
         queries. ``smooth``: neighbouring keys are alike (a random walk), every query reads near
-        one key. ``noise``: no pattern, all scores alike up to noise.
+        one key. ``zipf``: keys weigh as 1 over their rank, the same ones for all queries up to
+        noise. ``noise``: no pattern, all scores alike up to noise.
     repeat : R. seed : of the codes and the noise. places : seed of the columns', lags', blocks'
         and needles' places; None takes ``seed``. Two calls that differ in it only are two
         prompts whose patterns lie elsewhere.
@@ -122,6 +125,13 @@ def _head(
         key = torch.nn.functional.normalize(walk - walk.mean(0), dim=1)
         target = (torch.rand(length, generator=place) * (at + 1)).long()
         return 2 * HEIGHT * key[target], key, at[:, None] == at  # the peak, not a set, is planted
+    if plant == "zipf":
+        # The logarithm of 1 / rank, shifted to end at 0.
+        salience = (length / (torch.randperm(length, generator=place) + 1.0)).log()
+        key = torch.randn(length, width, generator=code) * 0.3
+        query = torch.randn(length, width, generator=code) * width**-0.5
+        query[:, 0], key[:, 0] = 1.0, salience
+        return query, key, torch.ones(length, length).bool()
     if plant == "columns+diagonals":
         return _columns_diagonals(length, width, code, place)
     if plant == "blocks":

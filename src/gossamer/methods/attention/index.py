@@ -8,6 +8,7 @@ Shapes: B = batch, G = key-value heads (either is 1 where all agree), Q = querie
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,6 +32,19 @@ class KeyIndex(ABC):
     @abstractmethod
     def mask(self, rows: slice | None = None) -> Tensor:
         """As bool (B, G, Q, K), or of some queries (B, G, q, K): the definition. Costs q * K."""
+
+    def head_mask(self, rows: slice | None = None) -> Tensor:
+        """As bool (B, G, R or 1, q, K): for an index whose query heads differ inside a group."""
+        return self.mask(rows)[:, :, None]
+
+    @property
+    def maskable(self) -> bool:
+        """Whether :meth:`mask` says it all; otherwise :meth:`attend` is the definition."""
+        return True
+
+    def attend(self, call: Any) -> Tensor:
+        """(B, H, Q, E), the definition of attention under an index that no mask describes."""
+        raise AssertionError(f"a mask defines attention under a {type(self).__name__}")
 
     @property
     def whole(self) -> bool:

@@ -13,6 +13,7 @@ from gossamer.methods.attention.executors.banded import Banded
 from gossamer.methods.attention.executors.basic import Dense, Masked, Reference
 from gossamer.methods.attention.executors.gather import Gather
 from gossamer.methods.attention.executors.packed import Packed
+from gossamer.methods.attention.executors.skip import FusedSkip, Skip
 from gossamer.methods.attention.executors.spans import SpanWindows
 from gossamer.methods.attention.executors.subset import Subset
 from gossamer.methods.attention.index import KeyIndex
@@ -28,6 +29,8 @@ EXECUTORS: dict[str, Executor] = {
         Packed(),
         Subset(),
         Gather(),
+        FusedSkip(),
+        Skip(),
         Masked(),
         Reference(),
     )

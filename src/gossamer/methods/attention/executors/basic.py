@@ -36,6 +36,8 @@ class Reference(Executor):
         return False
 
     def run(self, call: Call, index: KeyIndex) -> Tensor:
+        if not index.maskable:
+            return index.attend(call)
         query = call.grouped_query()
 
         def part(rows: slice, mask: Tensor) -> Tensor:
@@ -52,7 +54,7 @@ class Masked(Executor):
     simulated = True
 
     def refusal(self, call: Call | None, index: KeyIndex) -> str | None:
-        return None
+        return None if index.maskable else "the keys are chosen while it runs; no mask says which"
 
     def worth(self, call: Call | None, index: KeyIndex) -> bool:
         return True
