@@ -77,7 +77,7 @@ def kept_mass(call: Call, index: KeyIndex, queries: int = _QUERIES) -> Tensor:
         share = torch.softmax(score, dim=-1).nan_to_num(0.0)[..., : layout.keys]
         # A learned sink takes part in the softmax and has no key to keep.
         share = share / share.sum(-1, keepdim=True).clamp_min(torch.finfo(share.dtype).tiny)
-        kept = (share * index.mask(rows)[:, :, None]).sum(-1)
+        kept = (share * index.head_mask(rows)).sum(-1)
         total += kept.sum((0, 3)).flatten()
         count += seen.expand(batch, -1, -1, -1).any(-1).sum()
     return (total / count.clamp_min(1)).float()
