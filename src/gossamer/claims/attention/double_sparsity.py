@@ -136,8 +136,8 @@ CLAIMS = (
         sentence="On real activations calibrated channels overlap far more with the true keys than "
         "random ones; ranking them before the rotary embedding costs overlap.",
         paper="outlier channels are static per head (section 3; no figure at hand)",
-        experiment="packaged model, held-out text of 256 tokens, last 16 queries, 1/16 of the keys, "
-        "1/4 of the channels",
+        experiment="packaged model, held-out text of 256 tokens, last 16 queries, 1/16 of the "
+        "keys, 1/4 of the channels",
         run=_real,
         check=_check_real,
         ours="overlap {after:.3f}, {before:.3f} ranked before the embedding, {random:.3f} with "

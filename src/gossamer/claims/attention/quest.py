@@ -30,7 +30,8 @@ def slack(task: Retrieval) -> tuple[float, float]:
 
 def run(seed: int) -> Figures:
     task = retrieval(seed, keys=KEYS)
-    figures = dict(zip(("least_gap", "mean_gap"), slack(task), strict=True))
+    least, average = slack(task)
+    figures = {"least_gap": least, "mean_gap": average}
     figures["dense"] = ask(task, None)[0]
     figures["window"] = window_right(task, BUDGET)
     selector = PageSelector(PAGE, "minmax", None, BUDGET)

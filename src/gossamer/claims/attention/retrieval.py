@@ -3,7 +3,8 @@
 Keys come in stretches that share a topic, as neighbouring tokens of a text do, channels differ in
 loudness, and all keys of a head share an offset. The query points at one key, the needle. Every key
 carries a random code as its value: the answer is right if the output is nearest to the needle's.
-Shapes: B = trials, G = key-value heads, R = query heads of one, T = keys, D = head width, C = codes.
+Shapes: B = trials, G = key-value heads, R = query heads of one, T = keys, D = head width,
+C = codes.
 """
 
 from collections.abc import Sequence
