@@ -51,7 +51,7 @@ def equal(first, second):
     return all(torch.equal(second.state_dict()[n], t) for n, t in first.state_dict().items())
 
 
-class Stop(Exception):
+class Stop(Exception):  # noqa: N818
     pass
 
 

@@ -77,7 +77,7 @@ def test_a_sweep_goes_on_where_it_stopped(tmp_path):
     options = {**SMALL, "resident_bytes": 0}
     whole = train_many(model, data, runs(), **options)
 
-    class Stop(Exception):
+    class Stop(Exception):  # noqa: N818
         pass
 
     def stop(done, total, text):

@@ -4,6 +4,7 @@ The forward pass ends at the module: nothing behind it is computed. Padding neve
 Shapes: R = rows, D = columns of a row: the width of the module's output, or of several.
 """
 
+import hashlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -150,6 +151,22 @@ class ActivationSource:
         if self.sink_norm is not None:
             rows = rows[self._norms(rows) <= self.sink_norm]
         return rows
+
+    def rows(self, at: Tensor) -> Tensor:
+        """Valid rows (R, D), float32, of the windows at these places."""
+        return self._rows(at, (("own", self._me), int(at[0])))
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the data that is read."""
+        data = self.data
+        named = vars(data)["values"] if isinstance(data, Inputs) else vars(data)
+        digest = hashlib.sha256()
+        for name, value in sorted(named.items()):
+            if isinstance(value, Tensor):
+                digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+                raw = value.detach().cpu().contiguous().view(-1).view(torch.uint8)
+                digest.update(raw.numpy().data)
+        return digest.hexdigest()
 
     def one_pass(self) -> Iterator[Tensor]:
         """The rows of every window once, in the windows' own order, a batch at a time."""
