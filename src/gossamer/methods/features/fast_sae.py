@@ -35,7 +35,7 @@ class FastSAE(DictionaryMethod):
 
     Parameters
     ----------
-    packing : ``none``: a window for every sample. ``varlen``: several in a window, attention and
+    packing : None or ``none``: a window for every sample. ``varlen``: several in one, attention and
         positions apart: the same activations in fewer windows. ``concat``: block training, the
         baseline, in which samples are joined, see one another and are cut anywhere.
     length : most tokens of a sample; what is beyond is cut off.
@@ -70,7 +70,7 @@ class FastSAE(DictionaryMethod):
 
     example: ClassVar[Mapping[str, Any]] = {"target_l0": 8.0}
 
-    packing: Literal["none", "concat", "varlen"] = "none"
+    packing: Literal["none", "concat", "varlen"] | None = None
     length: int = 1024
     special_tokens: Literal["keep", "mask"] = "keep"
     code: Literal["jumprelu", "relu"] = "jumprelu"
@@ -80,13 +80,16 @@ class FastSAE(DictionaryMethod):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_count("length", self.length, 2)
+        if self.packing == "none":
+            object.__setattr__(self, "packing", None)
         for name, known in (
-            ("packing", ("none", "concat", "varlen")),
+            ("packing", (None, "concat", "varlen")),
             ("special_tokens", ("keep", "mask")),
             ("code", ("jumprelu", "relu")),
         ):
             if getattr(self, name) not in known:
-                raise unknown(name, getattr(self, name), known)
+                words = tuple(str(word).lower() for word in known)
+                raise unknown(name, str(getattr(self, name)), words)
         if not 0 < self.target_l0 < float("inf"):
             raise GossamerError(f"target_l0 is {self.target_l0!r}; give a number above 0")
         self._rule(self.width or max(1, round(self.target_l0)))
@@ -119,7 +122,7 @@ class FastSAE(DictionaryMethod):
         return pack(
             [sample[:length] for sample in samples],
             length=length,
-            packing=self.packing,
+            packing=self.packing or "none",
             special=special if self.special_tokens == "mask" else (),
         )
 

@@ -129,6 +129,8 @@ def rectified(codes: Codes) -> Codes:
 def combine(codes: Codes, atoms: Tensor) -> Tensor:
     """Sum of the named atoms, each times its value: (R, K) codes and (M, D) atoms to (R, D)."""
     values, at = codes.values.to(atoms.dtype), codes.indices
+    if not values.shape[1]:
+        return values.new_zeros(len(values), atoms.shape[1])
     # Measured on CPU: reading the named atoms wins by 3x at K / M = 1/40 and 30x at 1/256; a
     # row that names much of the dictionary is cheaper as a matrix product.
     if 4 * values.shape[1] >= atoms.shape[0]:

@@ -6,13 +6,19 @@ from hypothesis import strategies as st
 from gossamer.core import Budget, GossamerError, Unstructured
 from gossamer.methods.features.rules import (
     RULES,
+    AbsTopK,
     Codes,
+    Gated,
+    JumpReLU,
     ReLU,
+    TopAFA,
     TopK,
     combine,
     rule_from_config,
+    top_batch,
     top_rows,
 )
+from gossamer.methods.features.rules.base import pack
 
 
 @st.composite
@@ -46,29 +52,6 @@ def test_nan_has_no_rank():
         top_rows(torch.tensor([[1.0, float("nan"), 2.0]]), 1)
 
 
-def test_topk_keeps_the_positive_ones_of_the_k_largest():
-    pre = torch.tensor([[3.0, -1.0, 2.0, 1.0], [-1.0, -2.0, 0.5, -3.0], [-1.0, -1.0, 0.0, -1.0]])
-    codes = TopK(2)(pre)
-    assert codes.values.tolist() == [[3.0, 2.0], [0.5, 0.0], [0.0, 0.0]]
-    assert codes.indices.tolist() == [[0, 2], [2, -1], [-1, -1]]
-    assert sorted(codes.fired().tolist()) == [0, 2, 2]
-
-
-def test_topk_gradient_reaches_the_kept_alone():
-    pre = torch.tensor([[3.0, -1.0, 2.0, 1.0], [-4.0, -2.0, 0.5, -3.0]], requires_grad=True)
-    TopK(2)(pre).values.sum().backward()
-    assert pre.grad.tolist() == [[1.0, 0.0, 1.0, 0.0], [0.0, 0.0, 1.0, 0.0]]
-
-
-def test_relu_keeps_every_positive_one_and_charges_for_it():
-    rule = ReLU(2.0)
-    codes = rule(torch.tensor([[3.0, -1.0, 0.5]]))
-    assert codes.indices.tolist() == [[0, -1, 2]]
-    assert codes.values.tolist() == [[3.0, 0.0, 0.5]]
-    norms = torch.tensor([1.0, 10.0, 4.0])
-    assert float(rule.penalty(codes, norms)) == 2.0 * (3.0 * 1.0 + 0.5 * 4.0)
-
-
 @pytest.mark.parametrize(("rows", "keep", "latents"), [(5, 3, 40), (5, 7, 8), (1, 1, 1), (0, 2, 9)])
 def test_combine_and_its_gradients_match_the_dense_product(rows, keep, latents):
     generator = torch.Generator().manual_seed(0)
@@ -92,15 +75,9 @@ def test_padding_adds_nothing():
     assert torch.equal(combine(codes, atoms), 2 * atoms[3:4])
 
 
-@pytest.mark.parametrize("k", [0, -1, 1.5, True, "8"])
-def test_k_is_a_positive_whole_number(k):
-    with pytest.raises(GossamerError, match="k is"):
-        TopK(k)
-
-
-@pytest.mark.parametrize("rule", [TopK(5), ReLU(1.0)])
+@pytest.mark.parametrize("rule", [TopK(5), ReLU(1.0), AbsTopK(3), JumpReLU(9), Gated(9), TopAFA()])
 def test_rules_come_back_from_their_configuration(rule):
-    config = {"architecture": rule.architecture, **rule.config()}
+    config = {"architecture": rule.architecture, "d_sae": 9, **rule.config()}
     assert type(rule_from_config(config)) is type(rule) is RULES[rule.architecture]
     assert rule_from_config(config).budget == rule.budget
 
@@ -108,3 +85,27 @@ def test_rules_come_back_from_their_configuration(rule):
 def test_unknown_architecture_offers_the_nearest():
     with pytest.raises(GossamerError, match="did you mean topk"):
         rule_from_config({"architecture": "top_k"})
+
+
+def test_a_batch_is_one_competition_with_ties_to_the_earlier_entry():
+    score = torch.tensor([[5.0, 1.0, 0.0], [4.0, 3.0, 1.0]])
+    assert top_batch(score, 3).tolist() == [[True, False, False], [True, True, False]]
+    assert top_batch(score, 4).tolist() == [[True, True, False], [True, True, False]]
+    with pytest.raises(GossamerError, match="k is 4"):
+        top_batch(score, 8)
+    with pytest.raises(GossamerError, match="NaN"):
+        top_batch(torch.tensor([[float("nan"), 1.0]]), 1)
+
+
+def test_packed_codes_are_as_narrow_as_the_longest_row_and_differentiable():
+    dense = torch.tensor([[0.0, 2.0, 0.0, 3.0], [0.0] * 4, [1.0, 0.0, 0.0, 0.0]]).requires_grad_()
+    codes = pack(dense, dense.detach() > 0)
+    assert codes.indices.tolist() == [[1, 3], [-1, -1], [0, -1]]
+    assert codes.values.tolist() == [[2.0, 3.0], [0.0, 0.0], [1.0, 0.0]]
+    (codes.values * torch.tensor([[1.0, 10.0]])).sum().backward()
+    assert dense.grad.tolist() == [[0.0, 1.0, 0.0, 10.0], [0.0] * 4, [1.0, 0.0, 0.0, 0.0]]
+
+
+def test_nothing_kept_decodes_to_zeros():
+    codes = pack(torch.zeros(3, 9), torch.zeros(3, 9, dtype=torch.bool))
+    assert torch.equal(combine(codes, torch.ones(9, 2)), torch.zeros(3, 2))
