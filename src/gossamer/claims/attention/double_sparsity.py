@@ -83,7 +83,7 @@ def _real(seed: int) -> Figures:
             loads[name][layer] = loads[name].get(layer, 0.0) + channel_loads(*pair)
 
     record(model, calibration(seed, samples=2, length=LENGTH), rank)
-    count, hits = 8, dict.fromkeys(("after", "before", "random"), 0.0)
+    count, hits = 8, {name: 0.0 for name in (*loads, "random")}
     seen = [0]
 
     def compare(call: Call, layout: Layout, layer: int) -> None:
