@@ -57,6 +57,10 @@ app.command(
     help="Measure a model's activation sparsity at a price in perplexity.",
 )
 app.command(
+    "gossamer.cli.recommend:recommend",
+    help="Find the largest saving of attention that your prompts do not notice.",
+)
+app.command(
     "gossamer.cli.claim:claim",
     help="Run the papers' claims, scaled down.",
 )

@@ -21,7 +21,8 @@ class Row:
     score : share of exact answers. part : share of the single answers given.
     samples : prompts answered. question : ``seen`` or ``unseen``.
     scope, dispersion : axes of the task.
-    selection_seconds, attention_seconds : of one layer's call, choosing keys and reading them.
+    selection_seconds, attention_seconds, dense_attention_seconds : of one layer's call in the
+        method's phase: choosing keys, reading them, and full attention instead.
     seconds : of prompts and answers end to end, per prompt.
     dense_seconds : the same of dense. baseline : what dense attention ran.
     executors : what ran, with counts.
@@ -42,6 +43,7 @@ class Row:
     dispersion: str
     selection_seconds: float | None = None
     attention_seconds: float | None = None
+    dense_attention_seconds: float | None = None
     seconds: float | None = None
     dense_seconds: float | None = None
     baseline: str | None = None
