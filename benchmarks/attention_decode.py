@@ -158,6 +158,8 @@ def main() -> None:
                 for q, kv in zip(queries, caches, strict=True)
             ]
             graphs, moved = {}, {}
+            # What a graph reads must outlive it.
+            held: list[object] = []
             for name, calls in base.items():
                 try:
                     graphs[name] = graph(calls)
@@ -196,9 +198,11 @@ def main() -> None:
                                  for q, b in zip(queries, found, strict=True)]  # fmt: skip
                         plans: list[Plan | None] = [None]
                         if given.tune:
-                            plans += [Plan(s // batch or 1, n, w, t) for s in (16, 32, 64)
-                                      for n, w in ((64, 4), (128, 4), (128, 8))
-                                      for t in (2, 3)]  # fmt: skip
+                            plans += [
+                                Plan(max(1, splits // batch), *rest, 3)
+                                for splits in (16, 32)
+                                for rest in ((64, 4), (128, 8))
+                            ]
                         for plan in plans:
                             name = f"attend, {page}" + ("" if plan is None else f" {tuple(plan)}")
                             calls[name] = [
@@ -209,6 +213,7 @@ def main() -> None:
                             moved[name] = int(one_kv * given.kept)
                 for name, call in calls.items():
                     graphs[name] = graph(call)
+                held.append(calls)
             report(f"{tokens} batch {batch}", timed(graphs), moved, records)
             del graphs, caches
             torch.cuda.empty_cache()

@@ -104,11 +104,15 @@ def last_mass(
         return last_mass_reference(query, key, scale=scale, softcap=softcap, first=first)
     import triton  # pyright: ignore[reportMissingImports]
 
-    from gossamer.kernels.attention_select.triton_kernels import last_mass_kernel, last_top_kernel
+    from gossamer.kernels.attention_select.triton_kernels import (
+        join_kernel,
+        last_mass_kernel,
+        last_top_kernel,
+    )
 
     wide = max(16, triton.next_power_of_2(count))
     tiles = triton.cdiv(keys, wide)
-    splits = max(1, min(tiles, 32, triton.cdiv(528, batch * heads)))
+    splits = max(1, min(triton.cdiv(tiles, 4), 128, triton.cdiv(1056, batch * heads)))
     each = triton.cdiv(tiles, splits)
     device = query.device
     stat = torch.empty(batch * heads, splits, 2, wide, device=device, dtype=torch.float32)
@@ -135,13 +139,17 @@ def last_mass(
     top[(splits, batch * heads)](
         *(query, key, begin, stat, factor, cap, *strides, heads, keys, count, width, each),
         **options,
-        num_stages=2,
+        num_stages=3 if wide <= 64 else 2,
+    )
+    whole = torch.empty(batch * heads, 2, wide, device=device, dtype=torch.float32)
+    join: Any = join_kernel
+    join[(batch * heads, wide // 16)](
+        *(stat, whole, splits), WP=wide, SP=triton.next_power_of_2(splits), N=16, num_warps=4
     )
     mass: Any = last_mass_kernel
     mass[(tiles, batch * shared)](
-        *(query, key, begin, stat, vertical, near, far, factor, cap, *strides),
-        *(shared, keys, count, width, splits, tiles),
-        SP=triton.next_power_of_2(splits),
+        *(query, key, begin, whole, vertical, near, far, factor, cap, *strides),
+        *(shared, keys, count, width, tiles),
         **options,
         num_stages=2,
     )
@@ -211,13 +219,34 @@ def mass_cut(weights: Tensor, mass: float, *, backend: Backend = "auto") -> Tens
     reason = select_refusal(weights.flatten()[:1]) if weights.numel() else "there are no weights"
     if not _runs(backend, reason):
         return mass_cut_reference(weights, mass)
-    from gossamer.kernels.attention_select.triton_kernels import cut_kernel
+    import triton  # pyright: ignore[reportMissingImports]
+
+    from gossamer.kernels.attention_select.triton_kernels import (
+        equal_kernel,
+        mark_kernel,
+        mass_kernel,
+    )
 
     size = weights.shape[-1]
     flat = weights.float().contiguous().view(-1, size)
     kept = torch.empty(flat.shape, device=flat.device, dtype=torch.int8)
-    kernel: Any = cut_kernel
-    kernel[(len(flat),)](
-        *(flat, kept, size, int(mass * UNIT)), N=1024 if size <= 8192 else 8192, num_warps=16
+    together = 1024 if size > 1024 else max(16, triton.next_power_of_2(size))
+    parts = max(1, min(triton.cdiv(size, together), triton.cdiv(1056, len(flat)), 1024))
+    each = triton.cdiv(triton.cdiv(size, parts), together) * together
+    parts = triton.cdiv(size, each)
+    found = torch.zeros(len(flat), 8, 16, device=flat.device, dtype=torch.int64)
+    equal = torch.empty(len(flat), parts, device=flat.device, dtype=torch.int32)
+    grid, target = (parts, len(flat)), int(mass * UNIT)
+    search: Any = mass_kernel
+    for turn in range(8):
+        search[grid](flat, found, size, each, target, TURN=turn, N=together, num_warps=4)
+    count: Any = equal_kernel
+    count[grid](flat, found, equal, size, each, target, N=together, num_warps=4)
+    mark: Any = mark_kernel
+    mark[grid](
+        *(flat, found, equal, kept, size, each, target),
+        N=together,
+        PARTS=triton.next_power_of_2(parts),
+        num_warps=4,
     )
     return kept.view(weights.shape).bool()

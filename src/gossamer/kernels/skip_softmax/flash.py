@@ -29,7 +29,7 @@ def prefill(
     softcap: float | None,
     tile: tuple[int, int],
     warps: int = 8,
-    stages: int = 2,
+    stages: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As ``skip_softmax``; cut in base 2, factor in base 2."""
     (batch, heads, queries, width), (_, shared, keys, _) = query.shape, key.shape
@@ -47,6 +47,10 @@ def prefill(
             descriptor(key, across, padded[0]),
             descriptor(value, across, padded[1]),
         ]
+    if stages is None:
+        # As deep as shared memory allows: 3 tiles of 128 keys, 128 wide, are 192 KB.
+        wide_tile = across * (padded[0] + padded[1]) * query.element_size()
+        stages = 1 if query.dtype == torch.float32 else 3 if wide_tile <= 1 << 16 else 2
     kernel: Any = skip_kernel
     kernel[(tiles, batch * heads)](
         *sources,
@@ -67,7 +71,7 @@ def prefill(
         COUNT=True,
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
         num_warps=warps,
-        num_stages=stages if query.dtype != torch.float32 else 1,
+        num_stages=stages,
     )
     return out.transpose(1, 2), count
 
