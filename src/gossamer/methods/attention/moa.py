@@ -22,10 +22,10 @@ from gossamer.methods.attention.index import pairs_in_window
 from gossamer.methods.attention.layout import Layout
 from gossamer.methods.attention.selector import Selector
 from gossamer.methods.attention.spans.index import SpanIndex, logical_lengths
-from gossamer.methods.attention.spans.influence import Influence, answered, cut, profile
+from gossamer.methods.attention.spans.influence import Influence, profile, samples_of
 from gossamer.methods.attention.spans.plan import Spans, read_spans, round_up
 from gossamer.methods.attention.spans.programme import Candidate, Problem, candidates, pareto
-from gossamer.models import Progress, State, Tokens, as_tokens
+from gossamer.models import Inputs, Progress, State, Tokens, as_tokens
 from gossamer.models.capture import evaluating
 from gossamer.models.gradient import own_loss
 
@@ -98,11 +98,12 @@ class MoA(AttentionMethod):
     lengths : tokens at which the model is profiled; empty takes 1/6, 1/3 and 2/3 of the data's
         windows, which then are the unseen longer length at which plans compete.
     answer_tokens : the model continues every calibration text by so many tokens, and only these
-        are scored; at most half of a length. 0 scores the texts themselves.
+        are scored; at most half of a length. 0 scores what it holds likeliest after every token.
     levels : caps tried on each shorter length's loss when the Pareto set is searched.
     spans : file of spans, ``{"alphas": [[...]], "betas": [[...]]}``; nothing is profiled then.
 
-    The data of :meth:`apply` should need what lies far back: questions on long texts. The
+    The data of :meth:`apply` should need what lies far back: questions on long texts; or inputs
+    whose ``labels`` mark the places to score. Scored is always the model's own choice. The
     sequence's own length N sets the spans: of a prompt its length, while decoding the tokens so
     far. ``spans.plan.write_spans`` writes such a file.
     """
@@ -159,6 +160,20 @@ class MoA(AttentionMethod):
         for length in self.lengths:
             check_count("a length to profile", length, 2)
 
+    def apply(
+        self, model: nn.Module, data: Any = None, *, progress: Progress | None = None
+    ) -> SparseAttention:
+        if not isinstance(data, Inputs):
+            return super().apply(model, data, progress=progress)
+        if not {"input_ids", "labels"} <= data.values.keys():
+            raise GossamerError(
+                f"the inputs hold {', '.join(data.values)}; give input_ids, and labels at the "
+                "places that are to be scored"
+            )
+        length = self.length or data.values["input_ids"].shape[1]
+        method = replace(self, length=length)
+        return SparseAttention(method, model, method.planned(model, data, length, progress), length)
+
     def plan(self, model: nn.Module, data: Any, length: int) -> SpanSelector:
         return self.planned(model, data, length, None)
 
@@ -172,12 +187,12 @@ class MoA(AttentionMethod):
             heads = kv_heads(model)
             none, all_of_it = (tuple((share,) * n for n in heads) for share in (0.0, 1.0))
             return SpanSelector(Spans(none, all_of_it, self.block_size), self.sink)
-        tokens = as_tokens(data, model)
-        lengths = self._lengths(tokens.length)
+        texts = data if isinstance(data, Inputs) else as_tokens(data, model)
+        lengths = self._lengths(_size(texts))
         found = profile(
             self,
             model,
-            tokens,
+            texts,
             lengths,
             answer=self.answer_tokens,
             sink=self.sink,
@@ -188,7 +203,7 @@ class MoA(AttentionMethod):
         selectors = [
             self._selector(found, options, choice) for choice in pareto(problem, self.levels)
         ]
-        return self._best(model, tokens, lengths, selectors)
+        return self._best(model, texts, lengths, selectors)
 
     def _lengths(self, whole: int) -> tuple[int, ...]:
         if self.lengths:
@@ -262,13 +277,13 @@ class MoA(AttentionMethod):
     def _best(
         self,
         model: nn.Module,
-        tokens: Tokens,
+        texts: Tokens | Inputs,
         lengths: tuple[int, ...],
         selectors: list[SpanSelector],
     ) -> SpanSelector:
         """The plan of the Pareto set with the least loss at the windows' full length."""
-        size = tokens.length
-        losses = [0.0] if len(selectors) == 1 else self._losses(model, tokens, selectors)
+        size = _size(texts)
+        losses = [0.0] if len(selectors) == 1 else self._losses(model, texts, selectors)
         best = selectors[losses.index(min(losses))]
         far = sum(
             span >= _FAR * size
@@ -277,7 +292,7 @@ class MoA(AttentionMethod):
         )
         heads = sum(best.spans.heads(layer) for layer in range(best.spans.layers))
         facts = [
-            f"profiled at {', '.join(map(str, lengths))} tokens on {len(tokens)} texts",
+            f"profiled at {', '.join(map(str, lengths))} tokens on {len(texts)} texts",
             f"at {size} tokens {far} of {heads} key-value heads see {_FAR:.0%} of the text or more",
         ]
         if len(losses) > 1:
@@ -289,17 +304,14 @@ class MoA(AttentionMethod):
 
     @torch.no_grad()
     def _losses(
-        self, model: nn.Module, tokens: Tokens, selectors: list[SpanSelector]
+        self, model: nn.Module, texts: Tokens | Inputs, selectors: list[SpanSelector]
     ) -> list[float]:
-        device = next(model.parameters()).device
+        size = _size(texts)
         with evaluating(model):
-            samples = []
-            for row in range(len(tokens)):
-                ids, room = cut(tokens, row, tokens.length, self.answer_tokens)
-                samples.append(answered(model, ids.to(device), room))
+            samples = samples_of(model, texts, size, self.answer_tokens)
             losses = []
             for selector in selectors:
-                with SparseAttention(self, model, selector, tokens.length):
+                with SparseAttention(self, model, selector, size):
                     each = [float(own_loss(model, sample)) for sample in samples]
                 losses.append(sum(each) / len(each))
         return losses
@@ -311,6 +323,11 @@ class MoA(AttentionMethod):
         )
         spans = Spans(alphas, betas, int(meta["block_size"]))
         return SpanSelector(spans, int(meta["sink"]), tuple(meta["facts"]))
+
+
+def _size(texts: Tokens | Inputs) -> int:
+    """Tokens of a window."""
+    return texts.values["input_ids"].shape[1] if isinstance(texts, Inputs) else texts.length
 
 
 def kv_heads(model: nn.Module) -> list[int]:

@@ -22,7 +22,7 @@ from gossamer.methods.attention.executors import run
 from gossamer.methods.attention.index import FullIndex
 from gossamer.methods.attention.layout import Layout
 from gossamer.methods.attention.selector import Selector
-from gossamer.models import Progress, State, Tokens
+from gossamer.models import Inputs, Progress, State, Tokens
 from gossamer.models.capture import evaluating
 from gossamer.models.fit import undisturbed
 from gossamer.models.gradient import own_loss
@@ -30,7 +30,14 @@ from gossamer.models.gradient import own_loss
 if TYPE_CHECKING:
     from gossamer.methods.attention.base import AttentionMethod
 
-__all__ = ["Influence", "answered", "lag_influence", "profile", "removal_influence"]
+__all__ = [
+    "Influence",
+    "answered",
+    "lag_influence",
+    "profile",
+    "removal_influence",
+    "samples_of",
+]
 
 _SCORES = 1 << 24
 """Attention weights held at once."""
@@ -181,17 +188,42 @@ def answered(model: nn.Module, ids: Tensor, answer: int) -> dict[str, Tensor]:
     return {"input_ids": whole, "labels": labels}
 
 
-def cut(tokens: Tokens, row: int, length: int, answer: int) -> tuple[Tensor, int]:
-    """The last tokens of a window that leave room for an answer, (1, T), and that room."""
-    real = tokens.input_ids[row][tokens.attention_mask[row]]
-    room = min(answer, length // 2)
-    return real[None, -max(1, length - room) :], room
+def samples_of(
+    model: nn.Module, data: Tokens | Inputs, length: int, answer: int
+) -> list[dict[str, Tensor]]:
+    """Texts of at most ``length`` tokens and what is scored of them, always the model's own choice.
+
+    Parameters
+    ----------
+    data : windows, each cut to its last tokens, with room for an answer of at most half the
+        length; or inputs with ``labels``, where the places that have a label are scored.
+    answer : tokens generated behind a window; see :func:`answered`.
+    """
+    device = next(model.parameters()).device
+    if isinstance(data, Inputs):
+        ids = data.values["input_ids"][:, -length:].to(device)
+        marked = data.values["labels"][:, -length:].to(device) != -100
+        return [_chosen(model, ids[row : row + 1], marked[row]) for row in range(len(ids))]
+    found = []
+    for row in range(len(data)):
+        real = data.input_ids[row][data.attention_mask[row]]
+        room = min(answer, length // 2)
+        prompt = real[None, -max(1, length - room) :].to(device)
+        found.append(answered(model, prompt, room))
+    return found
+
+
+@torch.no_grad()
+def _chosen(model: nn.Module, ids: Tensor, marked: Tensor) -> dict[str, Tensor]:
+    """A text (1, T) with the model's likeliest token as the label of every marked place."""
+    sample = answered(model, ids, 0)
+    return {**sample, "labels": sample["labels"].masked_fill(~marked, -100)}
 
 
 def profile(
     method: "AttentionMethod",
     model: nn.Module,
-    tokens: Tokens,
+    data: Tokens | Inputs,
     lengths: Sequence[int],
     *,
     answer: int,
@@ -202,20 +234,15 @@ def profile(
 
     Parameters
     ----------
-    tokens : windows; each is cut to its last tokens at every length.
-    answer : tokens of each sequence that the model generates and that alone are scored; 0 scores
-        the texts themselves. sink : first tokens whose pairs do not count.
+    data, answer : what is read and scored, see :func:`samples_of`.
+    sink : first tokens whose pairs do not count.
     """
-    device = next(model.parameters()).device
     found: list[Influence] = []
     with undisturbed(model), evaluating(model):
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         for number, length in enumerate(lengths):
-            samples = [
-                answered(model, ids.to(device), room)
-                for ids, room in (cut(tokens, row, length, answer) for row in range(len(tokens)))
-            ]
+            samples = samples_of(model, data, length, answer)
             with _Probe(method, model, length, sink) as probe, torch.enable_grad():
                 for row, sample in enumerate(samples):
                     own_loss(model, sample).backward()
