@@ -99,7 +99,7 @@ def measure(length: int, method: SparseD, steps: int, repeats: int) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Time SparseD in whole generations.")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--lengths", default="512,1024,2048,4096")
     parser.add_argument("--steps", type=int, default=20)

@@ -220,7 +220,7 @@ def lasting(
 def brief(seed: int, *, task: Task, steps: int) -> Figures:
     with one_thread():
         model = task.model(seed)
-        data = task.texts(32, 10_000 + seed).values
+        data = task.texts(16, 10_000 + seed).values
         ids = data["input_ids"].masked_fill(data["fillable"], task.mask)
         return lasting(model, ids, task, steps, seed)
 
@@ -246,7 +246,9 @@ def check_overlap(figures: Sequence[Figures]) -> Verdict:
 
 BRIEF = partial(
     brief,
-    task=Task(keys=6, records=5, size=4, slots=5, width=48, heads=2, updates=150, lr=1e-2),
+    task=Task(
+        keys=6, records=5, size=4, slots=5, width=48, heads=2, updates=150, lr=1e-2, batch=16
+    ),
     steps=25,
 )
 SMALL = partial(
