@@ -62,10 +62,16 @@ def ablation(seed: int) -> Figures:
             with SparseAttention(method, model, selector, LENGTH):
                 lost.append(float(own_loss(model, sample)) - dense)
     return {
-        "influence": float(spearmanr(whole, lost).statistic),
-        "without": float(spearmanr(without, lost).statistic),
+        "influence": _ranked_alike(whole, lost),
+        "without": _ranked_alike(without, lost),
         "heads": float(len(places)),
     }
+
+
+def _ranked_alike(first: list[float], second: list[float]) -> float:
+    """Spearman's rank correlation."""
+    found: Any = spearmanr(first, second)
+    return float(found.statistic)
 
 
 def _without_denominator(
@@ -145,8 +151,8 @@ LOCAL = FACTS * (VALUES + 1)
 def _mixed(samples: int, seed: int) -> Inputs:
     """Facts, then questions about them (look far) in turns with repetitions (look near).
 
-    Ids: ``key * VALUES + value`` for a fact, ``FACTS * VALUES + key`` for a question, whose label is
-    the value; ``LOCAL + x`` and a mark, whose label is ``LOCAL + x``.
+    Ids: ``key * VALUES + value`` for a fact, ``FACTS * VALUES + key`` for a question, whose label
+    is the value; ``LOCAL + x`` and a mark, whose label is ``LOCAL + x``.
     """
     generator = torch.Generator().manual_seed(seed)
     half = FACTS // 2
