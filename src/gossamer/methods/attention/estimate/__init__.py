@@ -2,5 +2,6 @@
 
 from gossamer.methods.attention.estimate.grid import Grid
 from gossamer.methods.attention.estimate.tail import Tail, last_mass, tails
+from gossamer.methods.attention.estimate.tree import Found, tree_top_blocks
 
-__all__ = ["Grid", "Tail", "last_mass", "tails"]
+__all__ = ["Found", "Grid", "Tail", "last_mass", "tails", "tree_top_blocks"]
