@@ -143,6 +143,10 @@ class SnapKV(AttentionMethod):
     what the first one left: keys that it would have needed may be gone. Positions go on from the
     true length. Layers with a sliding window of their own are left as they are.
 
+    Assisted decoding reads the prompt together with its first candidates and takes back those it
+    rejects; what the prompt's queries read is then forgotten and the next queries vote instead, as
+    they do for a cache that was filled before the method was at work.
+
     Heads of different lengths are stored back to back, without padding; for attention they are
     laid side by side one layer at a time.
 

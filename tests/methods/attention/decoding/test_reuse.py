@@ -49,9 +49,7 @@ def test_layers_read_their_anchors_keys():
 
 def test_anchors_nobody_reads_choose_nothing():
     step = {}
-    ReuseSelector((0, 1, 1), None, 4).select(
-        call(step), Layout(2, 1, 12, query_offset=11), 0
-    )
+    ReuseSelector((0, 1, 1), None, 4).select(call(step), Layout(2, 1, 12, query_offset=11), 0)
     assert not step["chosen"]
 
 
@@ -66,7 +64,5 @@ def test_layers_with_other_heads_or_an_anchor_that_stayed_full_read_all():
 def test_places_are_kept_from_the_start_of_the_sequence():
     selector, step = ReuseSelector((0, 0), None, 12), {}
     selector.select(call(step), Layout(2, 1, 12, query_offset=11), 0)
-    late = selector.select(
-        call(step, keys=4), Layout(2, 1, 4, query_offset=11, key_offset=8), 1
-    )
+    late = selector.select(call(step, keys=4), Layout(2, 1, 4, query_offset=11, key_offset=8), 1)
     assert late.mask().all()
