@@ -11,11 +11,14 @@ from gossamer.core import GossamerError, unknown
 from gossamer.methods.attention.executor import Call, Executor
 from gossamer.methods.attention.executors.banded import Banded
 from gossamer.methods.attention.executors.basic import Dense, Masked, Reference
+from gossamer.methods.attention.executors.flex import Flex
 from gossamer.methods.attention.executors.gather import Gather
 from gossamer.methods.attention.executors.packed import Packed
 from gossamer.methods.attention.executors.skip import FusedSkip, Skip
 from gossamer.methods.attention.executors.spans import SpanWindows
 from gossamer.methods.attention.executors.subset import Subset
+from gossamer.methods.attention.executors.triton_decode import TritonDecode
+from gossamer.methods.attention.executors.triton_prefill import TritonPrefill
 from gossamer.methods.attention.index import KeyIndex
 
 __all__ = ["BACKENDS", "EXECUTORS", "check_backend", "choose", "execute", "run"]
@@ -28,9 +31,12 @@ EXECUTORS: dict[str, Executor] = {
         SpanWindows(),
         Packed(),
         Subset(),
+        TritonPrefill(),
+        TritonDecode(),
         Gather(),
         FusedSkip(),
         Skip(),
+        Flex(),
         Masked(),
         Reference(),
     )
