@@ -7,6 +7,7 @@ and a cache need only keep each head's share; a model must be trained under it.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from math import gcd
 from typing import Any, ClassVar, Literal, get_args
 
@@ -126,14 +127,8 @@ class ShardSelector(Selector):
 
     def pairs(self, length: int, layer: int, own: int | None) -> tuple[int, int]:
         """Of the mean key-value head, rounded to a whole pair."""
-        layout = Layout(1, length, length)
-        index = self.index(layout)
-        if own is None or own >= length:
-            kept, total = index.pairs()
-        else:
-            kept, total = _pairs_within(index, own)
-        total //= self.heads
-        return (total if self.is_dense(layer) else round(kept / self.heads)), total
+        kept, total = _mean_pairs(self, length, own)
+        return (total if self.is_dense(layer) else kept), total
 
     def simulated(self, backend: str, length: int) -> bool:
         return EXECUTORS[choose(self.index(Layout(1, length, length)), backend)].simulated
@@ -151,6 +146,14 @@ class ShardSelector(Selector):
         share = coverage(self.heads, self.stride, self.offsets)
         together = f"together the {self.heads} key-value heads read {share:.0%} of the far blocks"
         return f"{near} {far}", together
+
+
+@lru_cache(maxsize=8)
+def _mean_pairs(selector: ShardSelector, length: int, own: int | None) -> tuple[int, int]:
+    """Pairs kept by the mean key-value head, and pairs a head reads in all."""
+    index = selector.index(Layout(1, length, length))
+    kept, total = index.pairs() if own is None or own >= length else _pairs_within(index, own)
+    return round(kept / selector.heads), total // selector.heads
 
 
 def _pairs_within(index: BlockIndex, own: int) -> tuple[int, int]:
