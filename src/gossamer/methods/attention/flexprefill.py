@@ -15,16 +15,13 @@ from torch import Tensor, nn
 
 from gossamer.core import Card, GossamerError, check_count
 from gossamer.core.scores.attention_estimate import (
-    block_means,
     block_weights,
     diagonal_blocks,
-    diagonal_sums,
     jensen_shannon,
-    last_query_weights,
     mass_count,
 )
 from gossamer.methods.attention.base import AttentionMethod
-from gossamer.methods.attention.estimate import Grid, Tail, tails
+from gossamer.methods.attention.estimate import Grid, Tail, covering, means, tail_mass, tails
 from gossamer.methods.attention.executor import Call
 from gossamer.methods.attention.index import BlockIndex, FullIndex, KeyIndex
 from gossamer.methods.attention.layout import Layout
@@ -56,7 +53,7 @@ class FlexSelector(Selector):
         if self.gamma >= 1.0 or layout.end <= max(2 * block, self.budget_tokens):
             return FullIndex(layout)
         grid = Grid(layout, block, block)
-        mean_key = block_means(call.key, block, grid.real)
+        mean_key = means(call.key, block, grid.real)
         batch, shared = call.key.shape[:2]
         kept = torch.zeros(batch, shared, *grid.shape, dtype=torch.bool, device=layout.device)
         aware = torch.zeros(batch, shared, dtype=torch.bool, device=layout.device)
@@ -70,7 +67,7 @@ class FlexSelector(Selector):
     def query_aware(self, call: Call, layout: Layout) -> Tensor:
         """(B, G): heads whose block means predict what the last queries read."""
         grid = Grid(layout, self.block_size, self.block_size)
-        mean_key = block_means(call.key, self.block_size, grid.real)
+        mean_key = means(call.key, self.block_size, grid.real)
         parts = [
             self._trusted(call, grid, tail, mean_key[tail.rows])[0]
             for tail in tails(call, layout, self.block_size)
@@ -84,17 +81,15 @@ class FlexSelector(Selector):
 
         Rows may end before the last key block: what lies beyond has no mass.
         """
-        weights = last_query_weights(tail.query, tail.key, call.factor, tail.seen, call.softcap)
-        weights = torch.nn.functional.pad(weights, (0, grid.layout.keys - weights.shape[-1]))
-        count = weights.shape[2]
-        by_block = torch.nn.functional.pad(weights.sum(2), (0, -grid.layout.keys % grid.wide))
-        by_block = by_block.view(*by_block.shape[:2], -1, grid.wide).sum(-1) / count
+        vertical, slash = tail_mass(call, grid.layout, tail)
+        beyond = grid.shape[1] * grid.wide - vertical.shape[-1]
+        by_block = torch.nn.functional.pad(vertical, (0, beyond)).unflatten(-1, (-1, grid.wide))
+        by_block = by_block.sum(-1)
         visible = (by_block > 0).any(1, keepdim=True)[:, :, None]
         guess = block_weights(
             tail.query.mean(3, keepdim=True), mean_key, call.factor, visible, call.softcap
         )
         aware = jensen_shannon(guess[:, :, 0], by_block) < self.tau
-        slash = diagonal_sums(weights[..., : tail.key.shape[2]]) / count
         return aware, by_block, slash
 
     def _columns_and_diagonals(
@@ -134,12 +129,12 @@ class FlexSelector(Selector):
         real = None if padding is None else padding[:, first : first + grid.layout.queries]
         for group in aware.any(0).nonzero()[:, 0].tolist():
             one = slice(group, group + 1)
-            mean_query = block_means(call.grouped_query()[:, one], grid.high, real)
+            mean_query = means(call.grouped_query()[:, one], grid.high, real)
             weights = block_weights(
                 mean_query, mean_key[:, one], call.factor, grid.seen, call.softcap
             )[:, 0].flatten(1)
             share = weights / weights.sum(1, keepdim=True).clamp_min(_TINY)
-            chosen = first_ranks(share, mass_count(share, self.gamma)[:, None])
+            chosen = covering(share, self.gamma, first_ranks)
             kept[:, group] |= chosen.view(-1, *grid.shape) & aware[:, group, None, None]
 
     def state(self) -> State:

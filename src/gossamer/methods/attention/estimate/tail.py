@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from gossamer.core.scores.attention_estimate import vertical_slash_mass
+from gossamer.methods.attention.estimate import fast
 from gossamer.methods.attention.executor import Call
 from gossamer.methods.attention.layout import Layout
 
-__all__ = ["Tail", "last_mass", "tails"]
+__all__ = ["Tail", "last_mass", "tail_mass", "tails"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,7 +79,15 @@ def last_mass(call: Call, layout: Layout, count: int) -> tuple[Tensor, Tensor]:
     vertical = torch.zeros(size, dtype=call.exact, device=call.query.device)
     slash = torch.zeros_like(vertical)
     for tail in tails(call, layout, count):
-        found = vertical_slash_mass(tail.query, tail.key, call.factor, tail.seen, call.softcap)
+        found = tail_mass(call, layout, tail)
         vertical[tail.rows, :, : tail.key.shape[2]] = found[0]
         slash[tail.rows, :, : tail.key.shape[2]] = found[1]
     return vertical, slash
+
+
+def tail_mass(call: Call, layout: Layout, tail: Tail) -> tuple[Tensor, Tensor]:
+    """Share of some rows' last queries' attention, (b, G, k) by place and by distance."""
+    found = fast.tail_mass(call, layout, tail.rows, tail.query, tail.key)
+    if found is not None:
+        return found
+    return vertical_slash_mass(tail.query, tail.key, call.factor, tail.seen, call.softcap)
