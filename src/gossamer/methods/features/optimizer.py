@@ -4,7 +4,7 @@ On CPUs it is torch's fused Adam; on GPUs one Triton pass a matrix does Adam, th
 norm and the half-precision copy that computes, which reads and writes every number once.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,8 @@ class DictionaryAdam:
         and yet fill the moments, is taken out of its gradient.
     clip : largest norm of the whole gradient.
     compute : dtype of the matrices that compute; float32 keeps one copy of everything.
+    total : squared norm of the whole gradient, given those of the parameters by name, where
+        other processes hold parts of it.
     """
 
     def __init__(
@@ -36,7 +38,9 @@ class DictionaryAdam:
         eps: float = 6.25e-10,
         clip: float = 1.0,
         compute: torch.dtype = torch.float32,
+        total: Callable[[Mapping[str, Tensor]], Tensor] | None = None,
     ) -> None:
+        self.total = total
         self.parameters, self.unit = dict(parameters), unit
         self.parameters, self.unit, self.clip = dict(parameters), unit, clip
         self.betas, self.eps, self.steps = betas, eps, 0
@@ -79,7 +83,13 @@ class DictionaryAdam:
                 grad -= (grad * master).sum(1, keepdim=True) * master
             if master is not parameter:
                 master.grad = None if grad is None else grad.to(master.dtype)
-        nn.utils.clip_grad_norm_(self.masters.values(), self.clip)
+        if self.total is None:
+            nn.utils.clip_grad_norm_(self.masters.values(), self.clip)
+        else:
+            grads = {n: m.grad for n, m in self.masters.items() if m.grad is not None}
+            clip = self._clip({name: grad.square().sum() for name, grad in grads.items()})
+            for grad in grads.values():
+                grad.mul_(clip)
         for group in self._adam.param_groups:
             group["lr"] = lr
         self._adam.step()
@@ -91,18 +101,26 @@ class DictionaryAdam:
             if self.masters[name] is not parameter:
                 parameter.copy_(self.masters[name])
 
+    def _clip(self, squares: Mapping[str, Tensor]) -> Tensor:
+        """(1,), what the gradient is multiplied by, given squared norms by name."""
+        if self.total is None:
+            total = torch.stack(list(squares.values())).sum()
+        else:
+            total = self.total(squares)
+        return (self.clip / (total.sqrt() + 1e-6)).clamp_max(1.0).reshape(1)
+
     def _step_rows(self, lr: float) -> None:
         """The same update in passes over whole rows; no value is read back by the host."""
-        matrices, norms = [], []
+        matrices: list[tuple[str, Tensor, Tensor]] = []
+        squares: dict[str, Tensor] = {}
         for name, parameter in self.parameters.items():
             if parameter.grad is not None:
                 grad, master = _rows(parameter.grad), _rows(self.masters[name].detach())
                 assert grad.is_contiguous()
                 assert master.is_contiguous()
                 matrices.append((name, grad, master))
-                norms.append(square_rows(grad, master, unit=name in self.unit).sum())
-        total = torch.stack(norms).sum().sqrt()
-        clip = (self.clip / (total + 1e-6)).clamp_max(1.0).reshape(1)
+                squares[name] = square_rows(grad, master, unit=name in self.unit).sum()
+        clip = self._clip(squares)
         for name, grad, master in matrices:
             mean, square = self.moments[name]
             adam_rows(

@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from gossamer.core import GossamerError
 from gossamer.methods.features.autoencoder import Dictionary
 from gossamer.methods.features.checkpoint import Checkpoint
+from gossamer.methods.features.distributed import Parallel, agree, own_file
 from gossamer.methods.features.objective import Layout, Terms, objective
 from gossamer.methods.features.optimizer import DictionaryAdam
 from gossamer.methods.features.rules import Rule
@@ -101,6 +103,13 @@ def geometric_median(rows: Tensor, iterations: int = 100, tolerance: float = 1e-
     return point
 
 
+def _first(sample: Tensor) -> Tensor:
+    """The first process's sample, for all; every process gives one of the same shape."""
+    same = sample.contiguous().clone()
+    dist.broadcast(same, 0)
+    return same
+
+
 def _scale(rows: Tensor, what: str) -> float:
     """What gives rows a mean norm of sqrt(D)."""
     norm = float(torch.linalg.vector_norm(rows.float(), dim=1).mean())
@@ -125,6 +134,7 @@ class Trainer:
     skip : a transcoder adds a linear map of its input.
     compute : dtype of the matrices while training; masters are float32. None: bfloat16 on a
         GPU for rules that gather, else float32.
+    parallel : the processes that train this dictionary together; None: this one alone.
 
     Raises
     ------
@@ -143,7 +153,10 @@ class Trainer:
         sites: tuple[int, ...] = (),
         skip: bool = False,
         compute: torch.dtype | None = None,
+        parallel: Parallel | None = None,
     ) -> None:
+        self.parallel = parallel
+        sample = sample if parallel is None else _first(sample)
         layout = Layout(sample.shape[1]) if layout is None else layout
         if sum(layout) != sample.shape[1] or (sites and sum(sites) != layout.reads):
             raise GossamerError(
@@ -170,9 +183,12 @@ class Trainer:
         x, target, _ = self.split(sample)
         with torch.no_grad():
             self.dictionary.b_dec.copy_(geometric_median(x if target is None else target))
+        if parallel is not None:
+            self.dictionary = parallel.local(self.dictionary).train()
         self.done = 0
         # One more place takes the padding of codes.
-        self._silent = torch.zeros(width + 1, dtype=torch.int64, device=sample.device)
+        latents = self.dictionary.d_sae
+        self._silent = torch.zeros(latents + 1, dtype=torch.int64, device=sample.device)
         self._dead = torch.empty(0, dtype=torch.int64, device=sample.device)
         self._fvu = torch.full((), float("nan"), device=sample.device)
         self._glance = _GLANCE if sample.is_cuda else 1
@@ -185,6 +201,7 @@ class Trainer:
             betas=(0.9, 0.999),
             eps=6.25e-10,
             compute=compute,
+            total=None if parallel is None else parallel.total,
         )
 
     @staticmethod
@@ -223,7 +240,8 @@ class Trainer:
         assert self.recipe.aux_k is not None
         if self.recipe.aux_k and self.done % self._glance == 0:
             self._dead = self.dead()
-        terms = objective(
+        measure = objective if self.parallel is None else self.parallel.objective
+        terms = measure(
             self.dictionary,
             rows,
             aux_k=self.recipe.aux_k,
@@ -235,7 +253,13 @@ class Trainer:
         self._fvu = terms.fvu
         values, indices = terms.codes
         fired = indices.where((indices >= 0) & (values.detach() != 0), len(self._silent) - 1)
-        self._silent += len(rows)
+        count = len(rows)
+        if self.parallel is not None:
+            marks = torch.zeros_like(self._silent, dtype=torch.bool)
+            marks.index_fill_(0, fired.reshape(-1), True)
+            marks, count = self.parallel.fired(marks, count)
+            fired = marks.nonzero()[:, 0]
+        self._silent += count
         self._silent.index_fill_(0, fired.reshape(-1), 0)
         return terms
 
@@ -247,8 +271,12 @@ class Trainer:
         """One update on (R, all columns) rows as the source gives them."""
         assert self.recipe.lr is not None
         self._adam.zero_grad()
+        if self.parallel is not None:
+            rows = self.parallel.rows(rows)
         with torch.enable_grad():
             self.terms(*self.split(rows)).loss.backward()
+        if self.parallel is not None:
+            self.parallel.reduce(self._adam.parameters)
         self._adam.step(self.recipe.lr * self.recipe.rate(self.done))
         self.done += 1
 
@@ -291,7 +319,7 @@ class Trainer:
     def finish(self) -> Dictionary:
         """The dictionary for unscaled inputs, in eval mode; the trainer ends here."""
         self._adam.release()
-        made = self.dictionary
+        made = self.dictionary if self.parallel is None else self.parallel.whole(self.dictionary)
         if self.site_scale is not None:
             with torch.no_grad():
                 made.W_enc.mul_(self.site_scale[:, None])
@@ -334,7 +362,7 @@ def train(
     batches : at least ``recipe.steps`` of them; ``ActivationSource.batches`` can be resumed.
     checkpoint : file that the run is saved to and taken up from; it is removed at the end.
     every : updates between two saves; what a kill loses at most.
-    options : ``layout``, ``sites``, ``skip`` and ``compute`` of :class:`Trainer`.
+    options : ``layout``, ``sites``, ``skip``, ``compute`` and ``parallel`` of :class:`Trainer`.
 
     Raises
     ------
@@ -343,9 +371,13 @@ def train(
     """
     sample, rest = _sample(batches, recipe)
     trainer = Trainer(sample, width=width, rule=rule, recipe=recipe, **options)
+    if checkpoint is not None and trainer.parallel is not None:
+        checkpoint = own_file(checkpoint)
     saved = None if checkpoint is None else Checkpoint.of(checkpoint, batches, trainer)
     if saved is not None:
         saved.resume()
+        if trainer.parallel is not None:
+            agree(trainer.done, saved.path)
     for rows in islice(rest, recipe.steps - trainer.done):
         trainer.step(rows)
         if (text := trainer.glance()) is not None and progress is not None:
