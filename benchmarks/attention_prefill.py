@@ -10,7 +10,8 @@ measured in the same rounds; every key-value head has lists of its own, the diag
 kept, and ``kept`` counts causal pairs. Results are checked against a dense mask at 4096 tokens
 first. Times are medians of rounds run in turn, with lowest and highest; the plan of the lists (its
 sort included) is part of ours, making the lists is not: see ``attention_selection.py``.
-``--tune`` tries the tiles of both kernels, ``--flex`` adds torch's compiled FlexAttention,
+``--tune`` tries the tiles of both kernels, ``--flex`` adds torch's compiled FlexAttention and,
+where it is installed, flashinfer,
 ``--columns`` 1000 random single columns beside the blocks, ``--skip`` attention that skips tiles
 (BLASST) on keys made so that three of four tiles can be skipped: scores are always computed, so
 it can reach 2 times at most.
@@ -118,12 +119,7 @@ def flex(q: Tensor, k: Tensor, v: Tensor, indptr: Tensor, indices: Tensor) -> Ca
     from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
     blocks = indptr.shape[2] - 1
-    kept = torch.zeros(SHARED * blocks, blocks, dtype=torch.bool, device="cuda")
-    row = torch.repeat_interleave(
-        torch.arange(SHARED * blocks, device="cuda"), indptr[0].diff(dim=-1).flatten()
-    )
-    kept[row, indices.long()] = True
-    kept = kept.view(SHARED, blocks, blocks).repeat_interleave(HEADS // SHARED, 0)[None]
+    kept = block_map(indptr, indices).repeat_interleave(HEADS // SHARED, 0)[None]
     whole = kept & ~torch.eye(blocks, dtype=torch.bool, device="cuda")
 
     def packed(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -138,6 +134,40 @@ def flex(q: Tensor, k: Tensor, v: Tensor, indptr: Tensor, indices: Tensor) -> Ca
     )
     run = torch.compile(flex_attention)
     return lambda: run(q, k, v, block_mask=mask, enable_gqa=True)
+
+
+def flashinfer(
+    q: Tensor, k: Tensor, v: Tensor, indptr: Tensor, indices: Tensor
+) -> Callable[[], object]:
+    """flashinfer's attention over the same blocks, its plan made beforehand."""
+    import flashinfer as fi  # pyright: ignore[reportMissingImports]
+
+    tokens, blocks = q.shape[2], indptr.shape[2] - 1
+    room = torch.empty(1 << 29, dtype=torch.uint8, device="cuda")
+    wrapper = fi.VariableBlockSparseAttentionWrapper(room)
+    sizes = torch.full((SHARED, blocks), BLOCK, dtype=torch.int32, device="cuda")
+    wrapper.plan(
+        *(block_map(indptr, indices), sizes, sizes, HEADS, SHARED, WIDTH),
+        causal=True,
+        q_data_type=q.dtype,
+        kv_data_type=k.dtype,
+    )
+    ours = block_attention(q, k, v, indptr, indices, (BLOCK, BLOCK))
+    found = wrapper.run(q[0], k[0], v[0])
+    error = float((found - ours[0]).float().norm() / ours.float().norm())
+    assert error < 1e-2, f"flashinfer differs by {error} at {tokens}"
+    return lambda: wrapper.run(q[0], k[0], v[0])
+
+
+def block_map(indptr: Tensor, indices: Tensor) -> Tensor:
+    """The lists as bool (G, rows, blocks)."""
+    blocks = indptr.shape[2] - 1
+    kept = torch.zeros(SHARED * blocks, blocks, dtype=torch.bool, device="cuda")
+    row = torch.repeat_interleave(
+        torch.arange(SHARED * blocks, device="cuda"), indptr[0].diff(dim=-1).flatten()
+    )
+    kept[row, indices.long()] = True
+    return kept.view(SHARED, blocks, blocks)
 
 
 def skipped(q: Tensor, k: Tensor, v: Tensor, rounds: int) -> None:
@@ -178,6 +208,18 @@ def skipped(q: Tensor, k: Tensor, v: Tensor, rounds: int) -> None:
         print(f"{tokens} {name:<32} {statistics.median(ms):8.2f} ms {speed:6.2f}x{note}")
 
 
+def print_break_even(records: list[dict], tokens: int, name: str, best: str) -> None:
+    """Where a straight line through our times meets dense, selection not counted."""
+    own = [r for r in records if r["tokens"] == tokens and r["name"] == name]
+    whole = [statistics.median(r["ms"]) for r in records if r["name"] == best]
+    if len(own) > 1:
+        first, last = own[0], own[-1]
+        low, high = (statistics.median(r["ms"]) for r in (first, last))
+        slope = (high - low) / (last["kept"] - first["kept"])
+        meets = first["kept"] + (statistics.median(whole) - low) / slope
+        print(f"{tokens} {name}: as fast as dense where {meets:.2f} of the pairs are kept")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--lengths", type=int, nargs="+", default=[131072])
@@ -195,7 +237,7 @@ def main() -> None:
           f"over {SHARED} of width {WIDTH}, bfloat16, blocks of {BLOCK}")  # fmt: skip
     for backend in ("triton", "hopper"):
         print(f"{backend}: error {check(backend):.1e}")
-    records: list[dict[str, object]] = []
+    records: list[dict] = []
     for tokens in given.lengths:
         q, k, v = tensors(tokens)
         began = time.perf_counter()
@@ -212,16 +254,13 @@ def main() -> None:
             found = Lists(indptr, indices, (BLOCK, BLOCK), None, None)
             calls: dict[str, Callable[[], object]] = {best: base[best]}
 
-            def ours(hopper: bool, tiles: Tiles | None, at: Lists = found) -> Callable[[], object]:
-                return lambda: forward(
-                    q,
-                    k,
-                    v,
-                    at,
-                    scale=WIDTH**-0.5,
-                    hopper=hopper,
-                    tiles=tiles,
-                )
+            def ours(
+                hopper: bool,
+                tiles: Tiles | None,
+                at: Lists = found,
+                qkv: tuple[Tensor, ...] = (q, k, v),
+            ) -> Callable[[], object]:
+                return lambda: forward(*qkv, at, scale=WIDTH**-0.5, hopper=hopper, tiles=tiles)
 
             calls["hopper"] = ours(True, None)
             calls["triton"] = ours(False, None)
@@ -235,7 +274,11 @@ def main() -> None:
             if given.tune:
                 calls |= {name: ours(hopper, tiles) for name, hopper, tiles in candidates()}
             if given.flex:
-                calls["FlexAttention"] = flex(q, k, v, indptr, indices)
+                for name, make in (("FlexAttention", flex), ("flashinfer", flashinfer)):
+                    try:
+                        calls[name] = make(q, k, v, indptr, indices)
+                    except Exception as problem:
+                        print(f"{name}: {type(problem).__name__} {str(problem)[:150]}")
             for name in list(calls):
                 try:
                     calls[name]()
@@ -268,6 +311,8 @@ def main() -> None:
             print(f"  extra memory at its peak: {peak / 1e6:.0f} MB, of which the result "
                   f"{q.nbytes / 1e6:.0f} MB; a mask of all pairs would be "
                   f"{tokens * tokens / 1e6:.0f} MB")  # fmt: skip
+        for name in ("hopper", "triton"):
+            print_break_even(records, tokens, name, best)
         if given.skip:
             skipped(q, k, v, given.rounds)
     if given.json:

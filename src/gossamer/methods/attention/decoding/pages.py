@@ -16,6 +16,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from gossamer.kernels.page_attention import page_refusal
+from gossamer.kernels.page_attention import page_scores as page_scores_kernel
 from gossamer.methods.attention.executor import Call
 from gossamer.methods.attention.layout import Layout
 from gossamer.methods.attention.memory import LayerState
@@ -56,6 +58,10 @@ def page_scores(query: Tensor, first: Tensor, second: Tensor, scorer: Scorer) ->
     -------
     (B, G, Q, P), fp32 (fp64 for fp64 inputs).
     """
+    if query.shape[3] == 1 and first.shape[2]:
+        flat = query.flatten(1, 2)
+        if page_refusal(flat, first, second, 1) is None:
+            return page_scores_kernel(flat, first, second, scorer)[:, :, None]
     exact = torch.promote_types(query.dtype, torch.float32)
     query, first, second = query.to(exact), first.to(exact), second.to(exact)
     if scorer == "minmax":
