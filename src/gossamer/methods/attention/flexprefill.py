@@ -97,12 +97,15 @@ class FlexSelector(Selector):
     ) -> tuple[Tensor, Tensor]:
         """Blocks (b, G, n, m) in columns and diagonals that cover gamma, and who is query-aware."""
         aware, vertical, slash = self._trusted(call, grid, tail, mean_key)
-        slash = diagonal_blocks(slash, grid.wide)
+        whole, slash = slash.sum(-1), diagonal_blocks(slash, grid.wide)
         # A row's own diagonals end where its padding begins.
         begin = grid.begin[tail.rows] if len(grid.begin) > 1 else grid.begin
         reach = (tail.key.shape[2] - begin + grid.wide - 1) // grid.wide
-        there = torch.arange(slash.shape[-1], device=slash.device) < reach.view(-1, 1, 1)
+        last = (reach - 1).view(-1, 1, 1).expand(len(slash), slash.shape[1], 1)
+        there = torch.arange(slash.shape[-1], device=slash.device) <= last
         slash = slash.masked_fill(~there, 0.0)
+        # What seemed to cross the last one cannot: the first keys lie in its corner.
+        slash = slash.scatter_add(-1, last, (whole - slash.sum(-1))[..., None])
         columns, diagonals = (self._covering(mass, aware) for mass in (vertical, slash))
         diagonals = torch.nn.functional.pad(diagonals, (0, grid.shape[1] - diagonals.shape[-1]))
         kept = columns[:, :, None, :].expand(-1, -1, grid.shape[0], -1).clone()
