@@ -32,10 +32,18 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from gossamer.kernels.page_attention import page_attention, page_bounds, page_decode, page_scores
-from gossamer.kernels.page_attention.decode import Plan, decode
-from gossamer.kernels.page_attention.reference import choose_reference
-from gossamer.kernels.skip_softmax import skip_softmax_decode
+try:
+    from gossamer.kernels.page_attention import (
+        page_attention,
+        page_bounds,
+        page_decode,
+        page_scores,
+    )
+    from gossamer.kernels.page_attention.decode import Plan, decode
+    from gossamer.kernels.page_attention.reference import choose_reference
+    from gossamer.kernels.skip_softmax import skip_softmax_decode
+except ImportError as problem:
+    raise SystemExit(f"needs a GPU and triton: {problem}") from None
 
 HEADS, SHARED, WIDTH = 32, 8, 128
 CALLS, ROUNDS, PROMISE = 8, 15, 6.0

@@ -29,10 +29,13 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from gossamer.kernels.block_attention import block_attention
-from gossamer.kernels.block_attention.forward import Lists, Tiles, forward
-from gossamer.kernels.skip_softmax import skip_softmax
-from gossamer.kernels.skip_softmax.flash import LOG2E, prefill
+try:
+    from gossamer.kernels.block_attention import block_attention
+    from gossamer.kernels.block_attention.forward import Lists, Tiles, forward
+    from gossamer.kernels.skip_softmax import skip_softmax
+    from gossamer.kernels.skip_softmax.flash import LOG2E, prefill
+except ImportError as problem:
+    raise SystemExit(f"needs a GPU and triton: {problem}") from None
 
 HEADS, SHARED, WIDTH, BLOCK = 32, 8, 128, 128
 PROMISES = {0.1: 7.5, 0.5: 1.5}

@@ -113,3 +113,17 @@ def test_errors_name_what_is_wrong() -> None:
         block_attention(query[:, :1].expand(-1, 3, -1, -1), key, value, *lists, (4, 4))
     with pytest.raises(GossamerError, match="do not fit"):
         block_attention(query, key, value[:, :, :3], *lists, (4, 4))
+
+
+def test_compilers_see_one_operator() -> None:
+    query, key, value = (torch.randn(1, h, 20, 4) for h in (4, 2, 2))
+    indptr, indices = csr(torch.rand(1, 2, 3, 3) < 0.7)
+    operator = torch.ops.gossamer.block_attention
+    rest = ([8, 8], None, None, None, 0, None, None, True)
+    compiled = torch.compile(
+        lambda q: operator(q, key, value, indptr, indices, *rest) * 2,
+        fullgraph=True,
+        backend="aot_eager",
+    )
+    expected = 2 * block_attention(query, key, value, indptr, indices, (8, 8)).transpose(1, 2)
+    torch.testing.assert_close(compiled(query), expected)

@@ -4,6 +4,8 @@ Importing this package registers the operators with torch (``torch.ops.gossamer`
 nothing: C++ is built on the first call.
 """
 
+from gossamer.kernels.block_attention import block_attention
+from gossamer.kernels.block_attention.op import register as register_block_attention
 from gossamer.kernels.gather_gemv import Rows, axpy_gemv, dot_gemv, gated_mlp, rows
 from gossamer.kernels.gather_gemv.op import register as register_gather_gemv
 from gossamer.kernels.nm_select.op import nm_mask, register
@@ -19,6 +21,7 @@ __all__ = [
     "SparseConv1x1",
     "SparseLinear",
     "axpy_gemv",
+    "block_attention",
     "dot_gemv",
     "gated_mlp",
     "nm_mask",
@@ -34,3 +37,4 @@ register()
 register_gather_gemv()
 register_sparse_conv()
 register_sparse_linear()
+register_block_attention()

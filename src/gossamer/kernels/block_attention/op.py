@@ -15,7 +15,7 @@ from torch import Tensor
 from gossamer.core.errors import GossamerError, unknown
 from gossamer.kernels.block_attention.reference import block_attention_reference
 
-__all__ = ["Backend", "block_attention", "block_backend", "block_refusal"]
+__all__ = ["Backend", "block_attention", "block_backend", "block_refusal", "register"]
 
 Backend = Literal["auto", "reference", "triton", "hopper"]
 Ran = Literal["reference", "triton", "hopper"]
@@ -185,3 +185,59 @@ def block_attention(
     )
     used = query.shape[3] ** -0.5 if scale is None else scale
     return forward(query, key, value, found, **options, scale=used, hopper=chosen == "hopper")
+
+
+# -- what compilers see ---------------------------------------------------------------------------
+
+
+@cache
+def register() -> None:
+    """Make ``torch.ops.gossamer.block_attention`` known to torch; it gives (B, Q, H, E)."""
+
+    def run(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        indptr: Tensor,
+        indices: Tensor,
+        block: list[int],
+        scale: float | None,
+        columns: Tensor | None,
+        first: Tensor | None,
+        query_offset: int,
+        softcap: float | None,
+        sinks: Tensor | None,
+        causal: bool,
+    ) -> Tensor:
+        out = block_attention(
+            *(query, key, value, indptr, indices, (block[0], block[1])),
+            scale=scale,
+            columns=columns,
+            first=first,
+            query_offset=query_offset,
+            softcap=softcap,
+            sinks=sinks,
+            causal=causal,
+        )
+        return out.transpose(1, 2).contiguous()
+
+    def fake(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        indptr: Tensor,
+        indices: Tensor,
+        block: list[int],
+        scale: float | None,
+        columns: Tensor | None,
+        first: Tensor | None,
+        query_offset: int,
+        softcap: float | None,
+        sinks: Tensor | None,
+        causal: bool,
+    ) -> Tensor:
+        batch, heads, queries, _ = query.shape
+        return query.new_empty(batch, queries, heads, value.shape[3])
+
+    operator = torch.library.custom_op("gossamer::block_attention", run, mutates_args=())
+    operator.register_fake(fake)
