@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from gossamer.claims.attention.recall_lm import one_thread
 from gossamer.claims.attention.retrieval import Retrieval, ask, overlap, retrieval, true_top
 from gossamer.claims.base import Claim, Figures, Verdict, mean
 from gossamer.claims.lm import calibration, heldout, nano
@@ -34,6 +35,7 @@ def planted_channels(task: Retrieval, count: int) -> Tensor:
     return first_channels(load, count)[None]
 
 
+@one_thread()
 def run(seed: int) -> Figures:
     task = retrieval(seed, keys=KEYS)
     count, budget = task.key.shape[3] // 4, KEYS // 16
@@ -71,6 +73,7 @@ def _unturned(tensor: Tensor, layout: Layout) -> Tensor:
     return tensor * cos[:, None] + swapped * sin[:, None]
 
 
+@one_thread()
 def _real(seed: int) -> Figures:
     """Overlap with the true keys on the packaged model, channels ranked in three ways."""
     model = nano().model
@@ -83,7 +86,7 @@ def _real(seed: int) -> Figures:
             loads[name][layer] = loads[name].get(layer, 0.0) + channel_loads(*pair)
 
     record(model, calibration(seed, samples=2, length=LENGTH), rank)
-    count, hits = 8, {name: 0.0 for name in (*loads, "random")}
+    count, hits = 8, dict.fromkeys((*loads, "random"), 0.0)
     seen = [0]
 
     def compare(call: Call, layout: Layout, layer: int) -> None:

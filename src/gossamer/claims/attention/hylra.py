@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from itertools import product
 from random import Random
 
+from gossamer.claims.attention.recall_lm import one_thread
 from gossamer.claims.attention.retrieval import STRETCH, ask, run_stack, stack
 from gossamer.claims.base import Claim, Figures, Verdict
 from gossamer.methods.attention.decoding.choose import Amount
@@ -31,6 +32,7 @@ def table_of(full: Sequence[bool]) -> tuple[int, ...]:
     return tuple(table)
 
 
+@one_thread()
 def run(seed: int) -> Figures:
     layers = stack(seed, GROUPS)
     profiler = Profiler(Amount(None, STRETCH), 1)

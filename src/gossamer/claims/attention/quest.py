@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
+from gossamer.claims.attention.recall_lm import one_thread
 from gossamer.claims.attention.retrieval import Retrieval, ask, retrieval, window_right
 from gossamer.claims.base import Claim, Figures, Verdict
 from gossamer.methods.attention.decoding.pages import Scorer, page_scores, page_summary
@@ -28,6 +29,7 @@ def slack(task: Retrieval) -> tuple[float, float]:
     return float(gap.min()), float(gap.mean())
 
 
+@one_thread()
 def run(seed: int) -> Figures:
     task = retrieval(seed, keys=KEYS)
     least, average = slack(task)
@@ -50,6 +52,7 @@ def check(figures: Sequence[Figures]) -> Verdict:
     return Verdict.HOLDS if ahead >= 0.30 and destroyed else Verdict.WEAKER
 
 
+@one_thread()
 def _scorers(seed: int) -> Figures:
     """Both scorers where the keys of a page have nothing in common, and where they have."""
     task = retrieval(seed, keys=KEYS)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gossamer.claims.attention.recall_lm import one_thread
 from gossamer.claims.attention.retrieval import CODES, HEIGHT, STRETCH
 from gossamer.claims.base import Claim, Figures, Verdict, mean
 from gossamer.methods.attention.eviction.shortened import held_bytes
@@ -130,6 +131,7 @@ def voter(budget: int, pool: int = 5, heads: bool = False) -> VoteSelector:
     return VoteSelector(None, budget, WINDOW, pool, "mean", "heads" if heads else "equal", 0.2)
 
 
+@one_thread()
 def run(seed: int) -> Figures:
     task = prompt(seed)
     figures = {"dense": answered(task, None)[0], "window": answered(task, None, CAPACITY)[0]}
@@ -152,6 +154,7 @@ def check(figures: Sequence[Figures]) -> Verdict:
     return Verdict.HOLDS if good else Verdict.WEAKER
 
 
+@one_thread()
 def _heads(seed: int) -> Figures:
     task = prompt(seed, lopsided=True)
     budget = WINDOW + 24

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from gossamer.claims.attention.recall_lm import one_thread
 from gossamer.claims.attention.retrieval import ask, run_stack, stack
 from gossamer.claims.base import Claim, Figures, Verdict
 from gossamer.methods.attention.decoding.reuse import ReuseSelector
@@ -13,6 +14,7 @@ GROUPS, KEPT = (5, 3), 64
 FIRST, CORRECTION = 2, 5
 
 
+@one_thread()
 def run(seed: int) -> Figures:
     layers = stack(seed, GROUPS)
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.claims.attention.copying import task
+from gossamer.claims.attention.recall_lm import one_thread
 from gossamer.claims.base import Claim, Figures, Verdict, mean
 from gossamer.claims.lm import heldout, nano
 from gossamer.methods.attention.decoding.record import record
@@ -46,6 +47,7 @@ def logits(ids: Tensor) -> Tensor:
     return model(input_ids=ids, use_cache=False).logits
 
 
+@one_thread()
 def _adapts(seed: int) -> Figures:
     text = heldout(8, LENGTH).input_ids[seed : seed + 1]
     needles = task(seed, rows=1, length=LENGTH, string=100, place=64).prompt
@@ -128,6 +130,7 @@ def _stored(seed: int) -> Figures:
     }
 
 
+@one_thread()
 def _parts(seed: int) -> Figures:
     kept = {name: _kept_late(seed, name == "normalized") for name in ("normalized", "plain")}
     return {**kept, **_stored(seed)}
@@ -166,6 +169,7 @@ def _late_loss(method: ZipVL | None, ids: Tensor) -> tuple[float, float]:
     return value, sum(row.density**0.5 for row in rows) / len(rows)
 
 
+@one_thread()
 def _cost(seed: int) -> Figures:
     ids = heldout(12, 384).input_ids[2 * seed : 2 * seed + 2]
     figures: dict[str, float] = {"dense": _late_loss(None, ids)[0]}
