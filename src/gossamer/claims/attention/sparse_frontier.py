@@ -14,7 +14,7 @@ from gossamer.models import Tokens
 
 __all__ = ["CLAIMS"]
 
-WINDOWS, LENGTH, SPARSITY, MARGIN = 12, 256, 0.25, 0.2
+WINDOWS, LENGTH, SPARSITY, MARGIN = 8, 160, 0.25, 0.2
 
 
 def _tasks() -> dict[str, Tokens]:
