@@ -186,3 +186,19 @@ def test_the_ablation_is_named_and_the_mean_is_the_mean():
     assert found.ablated == pytest.approx(found.spliced, rel=1e-5)
     with pytest.raises(GossamerError, match="'zero' or 'mean'"):
         loss_recovered(model, tokens, made, "model.layers.0", ablation="resample")
+
+
+def test_loss_recovered_has_an_interval_from_whole_windows():
+    model = tiny_model("llama")
+    tokens = Tokens.from_ids(ids(8))
+    found = loss_recovered(model, tokens, lossy(), "model.layers.0")
+    assert found.windows.shape == (8, 4)
+    assert float(found.windows[:, 1].sum() / found.windows[:, 0].sum()) == pytest.approx(
+        found.clean
+    )
+    interval = found.interval(draws=300)
+    assert interval.value == found.recovered
+    assert interval.low < found.recovered < interval.high
+    alone = loss_recovered(model, Tokens.from_ids(ids(1)), lossy(), "model.layers.0")
+    with pytest.raises(GossamerError, match="fewer than 2 windows"):
+        alone.interval()

@@ -179,3 +179,11 @@ def test_mutual_choice_selects_as_batch_topk_does():
 def test_impossible_values_are_refused(make, message):
     with pytest.raises(GossamerError, match=message):
         make()
+
+
+def test_windows_of_tokens_are_rows_of_one_batch():
+    made = trained(BatchTopK(3))
+    x = rows(seed=9)
+    with torch.no_grad():
+        torch.testing.assert_close(made(x.view(4, 16, 8)).view(64, 8), made(x))
+    assert torch.equal(made.encode(x.view(4, 16, 8)).to_dense(), made.encode(x).to_dense())
