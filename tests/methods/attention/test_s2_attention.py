@@ -104,6 +104,7 @@ def test_padding_moves_no_block(pad):
     assert index.block[0] == gcd(4, pad)
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_executors_agree_with_the_rule():
     generator = torch.Generator().manual_seed(0)
     query = torch.randn(1, 4, 21, 8, generator=generator, dtype=torch.float64)
@@ -113,8 +114,20 @@ def test_executors_agree_with_the_rule():
     kept = by_hand(21, heads=2, block=4, local=1, stride=2).repeat_interleave(2, 0)
     score = query @ key.repeat_interleave(2, 1).transpose(2, 3) * 8**-0.5
     want = score.masked_fill(~kept, -torch.inf).softmax(-1) @ value.repeat_interleave(2, 1)
-    for name in ("gather", "masked", "reference"):
+    for name in ("gather", "masked", "reference", "flex"):
         torch.testing.assert_close(run(name, call, index), want)
+
+
+def test_equal_calls_share_an_index():
+    """What an executor prepared for it (FlexAttention's block mask) serves the next forward."""
+    chosen = selector()
+    call = Call(*torch.zeros(3, 1, 2, 12, 4))
+    first = chosen.select(call, Layout(1, 12, 12), 0)
+    assert chosen.select(call, Layout(1, 12, 12), 3) is first
+    assert chosen.select(call, Layout(1, 12, 12), 0).mask().shape == (1, 2, 12, 12)
+    chunk = chosen.select(call, Layout(1, 12, 20, query_offset=8), 0)
+    whole = by_hand(20, heads=2, block=4, local=1, stride=2)
+    assert torch.equal(chunk.mask()[0], whole[:, 8:])
 
 
 @pytest.mark.parametrize("own", [None, 6])

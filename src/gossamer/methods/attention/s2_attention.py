@@ -94,7 +94,11 @@ class ShardSelector(Selector):
         return bool(self.dense_every) and (layer + 1) % self.dense_every == 0
 
     def select(self, call: Call, layout: Layout, layer: int) -> KeyIndex:
-        return FullIndex(layout) if self.is_dense(layer) else self.index(layout)
+        if self.is_dense(layer):
+            return FullIndex(layout)
+        if not layout.plain or layout.queries == 1 or layout.end != layout.keys:
+            return self.index(layout)
+        return _plain_index(self, layout.batch, layout.queries, layout.keys, layout.device)
 
     def index(self, layout: Layout) -> BlockIndex:
         """The blocks of one call.
@@ -146,6 +150,15 @@ class ShardSelector(Selector):
         share = coverage(self.heads, self.stride, self.offsets)
         together = f"together the {self.heads} key-value heads read {share:.0%} of the far blocks"
         return f"{near} {far}", together
+
+
+@lru_cache(maxsize=2)
+def _plain_index(
+    selector: ShardSelector, batch: int, queries: int, keys: int, device: torch.device
+) -> BlockIndex:
+    """The index of unpadded calls of one size, made once: what executors prepare for it stays."""
+    layout = Layout(batch, queries, keys, query_offset=keys - queries, device=device)
+    return selector.index(layout)
 
 
 @lru_cache(maxsize=8)
