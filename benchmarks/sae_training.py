@@ -24,8 +24,8 @@ imports what a step does not need.
 
 ``cpu`` promises at least 3,000 tokens a second end to end with 2 threads for a dictionary 16 times
 as wide as the residual stream: every token runs through the model up to the middle block once.
-With ``--passes 16``, as a method's ``fit`` trains unless told otherwise, rows stay in memory and are
-trained on so many times.
+With ``--passes 16``, as a method's ``fit`` trains unless told otherwise, rows stay in memory and
+are trained on so many times.
 """
 
 import argparse
