@@ -80,7 +80,8 @@ def _row(layout: Layout, row: int) -> Layout:
 
         padding = None if layout.padding is None else layout.padding[row : row + 1]
         part = replace(layout, batch=1, padding=padding, rule=own, memo={})
-        part.__dict__["position"] = layout.position[row : row + 1]
+        position = layout.position
+        part.__dict__["position"] = position if len(position) == 1 else position[row : row + 1]
         layout.memo[name] = part
     return layout.memo[name]
 
