@@ -62,7 +62,7 @@ def _nothing(device: torch.device, dtype: torch.dtype) -> Tensor:
     return torch.zeros(1, device=device, dtype=dtype)
 
 
-def plan_for(rows: int, pages: int, page: int, processors: int, choose: bool) -> Plan:
+def plan_for(rows: int, pages: int, page: int, processors: int) -> Plan:
     """Two programs a processor, each of four tiles of 64 keys or more.
 
     Parameters
@@ -142,7 +142,7 @@ def decode(
     choose = score is not None
     if plan is None:
         known = keep if choose else (len(indices) // rows if indices is not None else 0)
-        plan = plan_for(rows, known, page, _processors(device), choose)
+        plan = plan_for(rows, known, page, _processors(device))
     none = _nothing(device, torch.int32)
     room, space, pages, padded, strides = none, 1, 0, 1, (0, 0)
     if score is not None:
