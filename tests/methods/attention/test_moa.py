@@ -40,7 +40,7 @@ def test_the_head_that_looks_far_gets_the_whole_text():
 
 
 def test_layers_kept_dense_count_as_dense():
-    method, lengths = MoA(sparsity=0.3, sink=0, block_size=8, dense_layers=1), (64,)
+    method = MoA(sparsity=0.3, sink=0, block_size=8, dense_layers=1)
     found, options = (planted(64),), candidates((64,), 8)
     problem = method.problem(found, options, [None, None])
     assert (problem.kept[:, :2] == problem.total[:, :2, None]).all()

@@ -1,12 +1,13 @@
 """Token Sparse Attention: a token that rests in one layer is there again in the next."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from gossamer.claims.attention.recall_lm import one_thread
 from gossamer.claims.attention.streaming_llm import late_loss
 from gossamer.claims.base import Claim, Figures, Verdict, mean
 from gossamer.claims.lm import calibration, heldout, here, nano
@@ -166,6 +167,12 @@ def check_text(figures: Sequence[Figures]) -> Verdict:
     return Verdict.HOLDS if rests < mean(figures, "restless") else Verdict.WEAKER
 
 
+def alone(measured: Callable[[int], Figures], seed: int) -> Figures:
+    """On one thread."""
+    with one_thread():
+        return measured(seed)
+
+
 CLAIMS = (
     Claim(
         name="resting is no eviction",
@@ -176,7 +183,7 @@ CLAIMS = (
         "the end: tokens predicted rightly with 40 % of the tokens in the upper half of the "
         "layers; controls: the first of these layers decides for all, tokens by lot. Holds at "
         "97 % of dense",
-        run=recall,
+        run=lambda seed: alone(recall, seed),
         check=check_recall,
         ours="{rests:.3f} right (dense {dense:.3f}), {evicted:.3f} with eviction, {random:.3f} "
         "with tokens by lot",
@@ -189,7 +196,7 @@ CLAIMS = (
         "the calmer half of the layers, loss of those last queries over dense; controls: as many "
         "tokens by lot in the same layers, the same rule in the other half",
         portable=True,
-        run=text,
+        run=lambda seed: alone(text, seed),
         check=check_text,
         ours="{rests:+.3f} over dense {dense:.3f} (sparsity {sparsity:.3f}); by lot {random:+.3f}, "
         "in the other layers {restless:+.3f} (sparsity {restless_sparsity:.3f})",
