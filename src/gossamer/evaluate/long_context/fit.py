@@ -109,9 +109,9 @@ def _size(tokenizer: Any, task: Task, room: int) -> int:
 
 
 def _drop(draft: Draft, count: int) -> Draft | None:
-    """The draft without ``count`` units that are not needed, the last ones first; None if none."""
+    """The draft without the first ``count`` units that are not needed; None if there are fewer."""
     spare = [i for i in range(len(draft.units)) if i not in draft.needed]
-    gone = set(spare[len(spare) - count :]) if count else set()
+    gone = set(spare[:count])
     if len(spare) < count:
         return None
     left = [i for i in range(len(draft.units)) if i not in gone]
@@ -136,8 +136,10 @@ def _fitted(
         for _ in range(8):
             context, question = _ids(tokenizer, draft)
             over = len(context) + len(question) - room
-            if over <= 0:
+            if over <= 0 and _clear(tokenizer, draft) >= clear:
                 return draft, context, question
+            if over <= 0:
+                break
             draft = _drop(draft, -(-over // max(1, int(line.each))))
             if draft is None:
                 break
@@ -146,6 +148,12 @@ def _fitted(
         f"{task.name} does not fit into {room} tokens; give a longer length"
         + (" or a smaller clear" if clear else "")
     )
+
+
+def _clear(tokenizer: Any, draft: Draft) -> int:
+    """Tokens behind the last evidence."""
+    tail = " ".join(draft.units[max(draft.evidence) + 1 :])
+    return len(_encode(tokenizer, " " + tail, False)) if tail else 0
 
 
 def samples(
@@ -198,8 +206,6 @@ def _sample(task: Task, tokenizer: Any, length: int, index: int, seed: int, clea
     size = _size(tokenizer, task, room)
     draft, context, question = _fitted(tokenizer, task, room, stream, size, clear)
     whole = len(draft.evidence) == len(draft.units)
-    last = max(draft.evidence)
-    tail = " ".join(draft.units[last + 1 :])
     return Sample(
         task=task.name,
         seed=seed,
@@ -214,7 +220,7 @@ def _sample(task: Task, tokenizer: Any, length: int, index: int, seed: int, clea
         depths=()
         if whole
         else tuple(round(i / max(1, len(draft.units) - 1), 4) for i in sorted(draft.evidence)),
-        clear=len(_encode(tokenizer, " " + tail, False)) if tail else 0,
+        clear=_clear(tokenizer, draft),
     )
 
 
