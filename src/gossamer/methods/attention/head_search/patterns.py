@@ -13,13 +13,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from gossamer.core.scores.attention_estimate import block_means, block_weights
-from gossamer.methods.attention.estimate import Grid, last_mass
+from gossamer.core.scores.attention_estimate import block_weights
+from gossamer.methods.attention.estimate import Grid, last_mass, means
 from gossamer.methods.attention.executor import Call
 from gossamer.methods.attention.head_search.heads import Head
 from gossamer.methods.attention.index import BlockIndex, FullIndex, KeyIndex
 from gossamer.methods.attention.layout import Layout
-from gossamer.methods.attention.ranked import first_ranks
 
 __all__ = ["Online"]
 
@@ -52,23 +51,22 @@ class Online:
         return last_mass(self.call, self.layout, self.last_queries)
 
     @cached_property
-    def columns_by_mass(self) -> Tensor:
-        """(B, G, K) key places, the always read first, then by falling mass."""
+    def column_scores(self) -> Tensor:
+        """(B, G, K) mass by key place; infinite for those always read, -1 for none."""
         vertical = self._mass[0]
         place = torch.arange(vertical.shape[-1], device=vertical.device)
         begin = self.grid.begin.view(-1, 1, 1)
         forced = (place >= begin) & (place < begin + self.sink)
         # What lies in the padding or after the last query is never worth a column.
         there = (place >= begin) & (place < self.grid.end)
-        score = vertical.masked_fill(forced, torch.inf).masked_fill(~there, -1.0)
-        return score.argsort(dim=-1, descending=True, stable=True)
+        return vertical.masked_fill(forced, torch.inf).masked_fill(~there, -1.0)
 
     @cached_property
-    def distances_by_mass(self) -> Tensor:
-        """(B, G, K) distances, the nearest first, then by falling mass."""
+    def distance_scores(self) -> Tensor:
+        """(B, G, K) mass by distance; infinite for the nearest."""
         slash = self._mass[1]
         near = torch.arange(slash.shape[-1], device=slash.device) < self.local
-        return slash.masked_fill(near, torch.inf).argsort(dim=-1, descending=True, stable=True)
+        return slash.masked_fill(near, torch.inf)
 
     @cached_property
     def blocks_by_mean(self) -> Tensor:
@@ -78,13 +76,13 @@ class Online:
         if layout.padding is not None:
             first = layout.query_offset
             real = layout.padding[:, first : first + layout.queries]
-        key = block_means(self.call.key, self.block_size, grid.real)
+        key = means(self.call.key, self.block_size, grid.real)
         parts = []
         query = self.call.grouped_query()
         # One group at a time: its block means and their scores are what is held.
         for group in range(key.shape[1]):
             one = slice(group, group + 1)
-            mean = block_means(query[:, one], self.block_size, real)
+            mean = means(query[:, one], self.block_size, real)
             parts.append(
                 block_weights(mean, key[:, one], self.call.factor, grid.seen, self.call.softcap)
             )
@@ -97,13 +95,10 @@ class Online:
             return (grid.head(head.first) | grid.band(head.second)) & grid.seen
         if head.kind == "block_sparse":
             score = self.blocks_by_mean
-            size = (*score.shape[:-1], 1)
-            count = torch.full(size, max(1, head.first), device=score.device)
-            return first_ranks(score, count) & grid.seen
+            return _largest(score, max(1, head.first)) & grid.seen
         if head.kind == "dense":
             return grid.seen
-        kept = self.distances_by_mass[..., : max(head.second, self.local)]
-        named = torch.zeros_like(self._mass[1], dtype=torch.bool).scatter_(-1, kept, True)
+        named = _largest(self.distance_scores, max(head.second, self.local))
         return grid.diagonals(named) & grid.seen
 
     def columns(self, head: Head) -> Tensor | None:
@@ -111,7 +106,7 @@ class Online:
         if head.kind != "vertical_slash":
             return None
         count = min(max(head.first, self.sink), self.grid.end)
-        return self.columns_by_mass[..., :count].sort(dim=-1).values
+        return _best(self.column_scores, count).sort(dim=-1).values
 
     def of_all(self, head: Head) -> KeyIndex:
         """The index if all heads had the same pattern."""
@@ -150,6 +145,24 @@ class Online:
         return BlockIndex.from_blocks(
             self.layout, kept, (self.block_size, self.block_size), _stack(named, batch)
         )
+
+
+def _best(score: Tensor, count: int) -> Tensor:
+    """(..., count) places of the largest scores.
+
+    Ties go to the lower place, except on a GPU, where a stable sort of all would cost more than
+    the attention it saves.
+    """
+    count = min(count, score.shape[-1])
+    if score.is_cuda:
+        return score.topk(count, dim=-1).indices
+    return score.sort(dim=-1, descending=True, stable=True).indices[..., :count]
+
+
+def _largest(score: Tensor, count: int) -> Tensor:
+    """bool, same shape: the ``count`` largest scores of every row."""
+    none = torch.zeros_like(score, dtype=torch.bool)
+    return none.scatter_(-1, _best(score, count), True)
 
 
 def _union(first: Tensor | None, second: Tensor) -> Tensor:
