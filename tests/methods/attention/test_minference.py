@@ -96,3 +96,11 @@ def test_padding_of_the_searched_prompt_is_left_out():
 def test_a_file_and_a_sparsity_exclude_each_other():
     with pytest.raises(GossamerError, match="give one"):
         MInference(heads="x.json", sparsity=0.5)
+
+
+def test_the_report_says_that_the_paper_s_counts_suit_long_prompts():
+    model = tiny_model("llama")
+    with MInference(**SMALL).apply(model, ids()) as work:
+        assert "give a sparsity for shorter" in str(work.report())
+    with MInference(sparsity=0.4, **SMALL).apply(model, ids()) as work:
+        assert "give a sparsity for shorter" not in str(work.report())

@@ -147,6 +147,7 @@ class FlexSelector(Selector):
         return (
             f"blocks of {self.block_size} that reach {self.gamma:g} of the mass the last "
             f"{self.block_size} queries read; decoding is full",
+            f"prompts of at most {max(2 * self.block_size, self.budget_tokens)} tokens stay full",
         )
 
 

@@ -17,6 +17,7 @@ from gossamer.methods.attention.applied import SparseAttention
 from gossamer.methods.attention.base import AttentionMethod
 from gossamer.methods.attention.executor import Call
 from gossamer.methods.attention.head_search import (
+    PAPER,
     Head,
     HeadSearch,
     Online,
@@ -97,7 +98,11 @@ class HeadSelector(Selector):
     def notes(self) -> tuple[str, ...]:
         kinds = [head.kind for layer in self.layers for head in layer]
         counted = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
-        return (f"patterns of heads: {counted}; decoding is full",)
+        note = f"patterns of heads: {counted}; decoding is full"
+        sizes = {head._replace(score=1.0) for layer in self.layers for head in layer}
+        if sizes <= set(PAPER):
+            return note, "their counts suit prompts of 30,000 tokens; give a sparsity for shorter"
+        return (note,)
 
     def save_heads(self, path: str, heads: int) -> None:
         """Write the patterns as a file MInference reads.
