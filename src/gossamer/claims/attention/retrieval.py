@@ -161,7 +161,8 @@ def run_stack(
         call = replace(task.call, step=step)
         index = selector.select(call, task.layout, layer)
         if order is not None and layer in step.get("chosen", {}):
-            step["chosen"][layer] = step["chosen"][layer][:, list(order)]
+            choice = step["chosen"][layer]
+            step["chosen"][layer] = choice._replace(place=choice.place[:, list(order)])
         right += task.right(execute(call, index)[0])
         full += index.whole
     return right / len(layers), full / len(layers)

@@ -207,7 +207,8 @@ CLAIMS = (
         check=_check_adapts,
         ours="{few:.2f}, {some:.2f}, {most_mass:.2f} of the tokens at 0.8, 0.9, 0.975 of the mass "
         "({least:.2f} to {most:.2f} by layer at 0.9); with random tokens {needles:.2f}, repeated "
-        "filler {filler:.2f}, most apart in one layer {apart:.2f}; error at all of it {error_at_all:.1e}",
+        "filler {filler:.2f}, most apart in one layer {apart:.2f}; error at all of it "
+        "{error_at_all:.1e}",
     ),
     Claim(
         name="late tokens and bits",

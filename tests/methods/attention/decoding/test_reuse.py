@@ -66,3 +66,10 @@ def test_places_are_kept_from_the_start_of_the_sequence():
     selector.select(call(step), Layout(2, 1, 12, query_offset=11), 0)
     late = selector.select(call(step, keys=4), Layout(2, 1, 4, query_offset=11, key_offset=8), 1)
     assert late.mask().all()
+
+
+def test_an_anchor_with_a_window_does_not_choose_for_a_layer_without():
+    selector, step = ReuseSelector((0, 0), None, 4), {}
+    selector.select(call(step, keys=4), Layout(2, 1, 4, query_offset=11, key_offset=8), 0)
+    got = selector.select(call(step), Layout(2, 1, 12, query_offset=11), 1)
+    assert isinstance(got, FullIndex)
