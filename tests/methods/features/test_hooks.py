@@ -99,3 +99,30 @@ def test_an_error_inside_the_model_leaves_no_hook():
     with pytest.raises(IndexError):
         record(model, ("model.layers.1",), {"input_ids": torch.full((1, 4), 10_000)})
     assert hooks_of(model) == 0
+
+
+def test_a_modules_input_is_what_it_was_called_with():
+    model, seen = tiny_model("llama"), {}
+    mlp = model.model.layers[1].mlp
+    batch = {"input_ids": torch.arange(3, 13)[None]}
+    handle = mlp.register_forward_hook(lambda m, args, out: seen.update(x=args[0], y=out))
+    try:
+        with torch.no_grad():
+            model(**batch)
+    finally:
+        handle.remove()
+    paths = ("model.layers.1.mlp:in", "model.layers.1.mlp")
+    found = record(model, paths, batch)
+    assert torch.equal(found[paths[0]], seen["x"])
+    assert torch.equal(found[paths[1]], seen["y"])
+    # A block's input is the output of the one before, unchanged by what the block does to it.
+    block = record(model, ("model.layers.1:in", "model.layers.0"), batch)
+    assert torch.equal(block["model.layers.1:in"], block["model.layers.0"])
+    # With the input alone the module itself does not run.
+    ran = []
+    handle = mlp.register_forward_hook(lambda m, args, out: ran.append(1))
+    try:
+        record(model, paths[:1], batch)
+    finally:
+        handle.remove()
+    assert not ran

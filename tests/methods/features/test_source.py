@@ -149,3 +149,27 @@ def test_sink_multiples_that_call_all_rows_sinks_are_refused(multiple):
             Tokens.from_ids(ids()),
             sink_multiple=multiple,
         )
+
+
+def test_columns_of_several_modules_are_joined():
+    model, data = tiny_model("llama"), Tokens.from_ids(ids())
+    paths = ("model.layers.1.mlp:in", "model.layers.1.mlp", "model.layers.0")
+    joined = ActivationSource(model, paths, data, sink_multiple=None)
+    assert (joined.width, joined.columns, joined.count) == (96, (32, 32, 32), 120)
+    parts = [
+        torch.cat(list(ActivationSource(model, p, data, sink_multiple=None).one_pass()))
+        for p in paths
+    ]
+    assert torch.equal(torch.cat(list(joined.one_pass())), torch.cat(parts, 1))
+    assert joined.metadata()["hook_name"] == "|".join(paths)
+    with pytest.raises(GossamerError, match=r"no module 'model.layers.1.mlq'.*mlp"):
+        ActivationSource(model, "model.layers.1.mlq:in", data)
+
+
+def test_a_fingerprint_tells_data_apart():
+    model = tiny_model("llama")
+    first, again, other = (
+        ActivationSource(model, "model.layers.0", Tokens.from_ids(ids(seed=s))).fingerprint()
+        for s in (0, 0, 1)
+    )
+    assert first == again != other
