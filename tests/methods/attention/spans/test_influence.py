@@ -37,7 +37,7 @@ def test_a_key_that_holds_everything_has_nothing_to_take_its_place():
 
 def naive(call, layout, value_of, sink):
     """Sums along diagonals from the whole T x T map and autograd."""
-    shared, repeat = call.groups
+    shared = call.groups[0]
     query, key = call.grouped_query().double(), call.key.double()
     score = torch.einsum("bgrqd,bgkd->bgrqk", query, key) * call.factor
     if call.softcap is not None:
