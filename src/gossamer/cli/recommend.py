@@ -93,9 +93,11 @@ def recommend(
     tests = len(names) * (len(wanted) if prompts == "builtin" else 1)
     needed = samples_needed(margin, tests=tests)
     kind, groups = _prompts(loaded, prompts, wanted, length, samples, min(needed, 512), seed)
-    found = _climb(
+    found, refused = _climb(
         loaded, groups, names, rungs, kind, margin, batch_size, unseen, timed, seed, json, length
     )
+    for line in refused:
+        warn(line)
     if json:
         print_json(_record(model, found, margin, device))
         return
@@ -143,8 +145,8 @@ def _climb(
     seed: int,
     quiet: bool,
     length: int,
-) -> frontier.Frontier:
-    """Measure dense, then every method rung by rung until it fails."""
+) -> tuple[frontier.Frontier, list[str]]:
+    """Measure dense, then every method rung by rung until it fails; what refused, and why."""
     question = "unseen" if unseen else "seen"
 
     def cell(name: str, rung: float, dense: frontier.Cell | None) -> frontier.Cell:
@@ -168,15 +170,22 @@ def _climb(
         dense = cell("dense", 0.0, None)
         least = frontier.ABLE if kind == "answers" else float("-inf")
         cells: list[frontier.Cell] = []
+        refused: list[str] = []
+        found = frontier.climb(dense, [], margin=margin, least=least, seed=seed)
         alive, done = list(names), 1
         for rung in rungs:
             for name in alive:
                 progress(done, total, f"{name} at {rung:g}")
-                cells.append(cell(name, rung, dense))
+                try:
+                    cells.append(cell(name, rung, dense))
+                except GossamerError as error:
+                    refused.append(f"{name} was not tried at {rung:g}: {error}")
                 done += 1
             found = frontier.climb(dense, cells, margin=margin, least=least, seed=seed)
             alive = [name for name in alive if found.passes(name, rung)]
-    return found
+    if not cells:
+        raise GossamerError(f"no method could be tried: {refused[0]}")
+    return found, refused
 
 
 def _show(model: str, found: frontier.Frontier, rungs: list[float]) -> None:
