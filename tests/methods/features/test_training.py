@@ -12,9 +12,10 @@ from gossamer.methods.features.training import Recipe, Trainer, geometric_median
 BED = Superposition(d_in=16, atoms=24, active=2.0)
 
 
-def fit(seed=0, steps=250, rule=None, **options):
+def fit(seed=0, steps=250, rule=None, compute=None, **options):
     recipe = Recipe(steps=steps, batch_size=128, lr=6e-3, seed=seed, **options)
-    return train(BED.batches(128, seed=seed), width=48, rule=rule or TopK(2), recipe=recipe)
+    batches = BED.batches(128, seed=seed)
+    return train(batches, width=48, rule=rule or TopK(2), recipe=recipe, compute=compute)
 
 
 def trainer(rule=None, **options):
@@ -153,3 +154,43 @@ def test_training_works_where_gradients_are_off():
 def test_zero_activations_are_refused():
     with pytest.raises(GossamerError, match="all activations are zero"):
         Trainer(torch.zeros(8, 4), width=8, rule=TopK(1), recipe=Recipe(steps=1, batch_size=8))
+
+
+def joined(second, seed=0):
+    """Rows of two sites: the bed's, and a turned copy of them in other units."""
+    turn = torch.linalg.qr(torch.randn(16, 16, generator=torch.Generator().manual_seed(3)))[0]
+    return (torch.cat([rows, second * rows @ turn], 1) for rows in BED.batches(128, seed=seed))
+
+
+def test_sites_of_a_crosscoder_weigh_alike_whatever_their_units():
+    recipe = Recipe(steps=150, batch_size=128, lr=6e-3)
+
+    def run(second):
+        return train(joined(second), width=48, rule=TopK(2), recipe=recipe, sites=(16, 16))
+
+    small, large = run(1.0), run(64.0)
+    x, y = next(joined(1.0, seed=9)), next(joined(64.0, seed=9))
+    units = torch.cat([torch.ones(16), torch.full((16,), 64.0)])
+    torch.testing.assert_close(large(y) / units, small(x), rtol=1e-3, atol=1e-3)
+    for site in (slice(0, 16), slice(16, 32)):
+        missed = (y - large(y))[:, site].square().sum()
+        assert float(missed / (y - y.mean(0))[:, site].square().sum()) < 0.5
+    with pytest.raises(GossamerError, match="32 columns"):
+        train(joined(1.0), width=48, rule=TopK(2), recipe=recipe, sites=(16, 8))
+
+
+def test_half_precision_computes_and_float32_is_kept():
+    half = fit(steps=150, compute=torch.bfloat16)
+    plain = fit(steps=150)
+    assert {tensor.dtype for tensor in half.state_dict().values()} == {torch.float32}
+    rows = [next(BED.batches(1024, seed=7))]
+    assert score_rows(half, rows).fvu < 1.1 * score_rows(plain, rows).fvu + 0.01
+    assert not torch.equal(half.W_dec, plain.W_dec)
+
+
+def test_a_training_that_diverges_says_so():
+    work = trainer()
+    work._fvu = torch.tensor(float("nan"))
+    work.done = 3
+    with pytest.raises(GossamerError, match="NaN after 3 of 40 steps; lower lr"):
+        work.glance()
