@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from functools import partial
 from itertools import islice
+from math import ceil
 from typing import Any
 
 import torch
@@ -18,10 +19,10 @@ from gossamer.methods.features.toy import Hierarchy
 __all__ = ["CLAIMS"]
 
 _BEDS: dict[Tier, Hierarchy] = {
-    "smoke": Hierarchy(d_in=32, parents=6, children=4, rate=0.2),
+    "smoke": Hierarchy(d_in=32, parents=6, children=4),
     "small": Hierarchy(d_in=64, parents=10, children=5),
 }
-_FRACTIONS = (1 / 6, 1 / 3, 1 / 2)
+_FRACTIONS = (1 / 8, 1 / 4, 5 / 8)
 
 
 @torch.no_grad()
@@ -45,8 +46,8 @@ def _measured(name: str, bed: Hierarchy, made: Dictionary) -> Figures:
 def _absorption(tier: Tier, seed: int) -> Figures:
     bed = _BEDS[tier]
     bed = Hierarchy(**{**vars(bed), "seed": seed})
-    k = round(bed.parents * bed.rate * (1 + bed.children * bed.child_rate))
-    shared: dict[str, Any] = {"k": k, "width": len(bed.true_atoms()), "seed": seed}
+    k = ceil(bed.parents * bed.rate * (1 + bed.children * bed.child_rate))
+    shared: dict[str, Any] = {"k": k, "width": 8 * ceil(len(bed.true_atoms()) / 8), "seed": seed}
     nested = fitted(bed, MatryoshkaSAE(fractions=_FRACTIONS, **shared), tier)
     return {
         **_measured("nested", bed, nested),
@@ -79,7 +80,7 @@ CLAIMS = (
         name="less absorption, in brief",
         **_TEXT,
         experiment="6 parents with 4 children each in 32 dimensions, a child only with its "
-        "parent, as many latents as atoms, 300 steps; holds when absorption is at most half of "
+        "parent, hardly more latents than atoms, 300 steps; holds when absorption is at most half of "
         "BatchTopK's and FVU at most 1.3 of it",
         run=partial(_absorption, "smoke"),
     ),
