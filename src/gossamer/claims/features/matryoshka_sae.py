@@ -80,8 +80,8 @@ CLAIMS = (
         name="less absorption, in brief",
         **_TEXT,
         experiment="6 parents with 4 children each in 32 dimensions, a child only with its "
-        "parent, hardly more latents than atoms, 300 steps; holds when absorption is at most half of "
-        "BatchTopK's and FVU at most 1.3 of it",
+        "parent, hardly more latents than atoms, 300 steps; holds when absorption is at most half "
+        "of BatchTopK's and FVU at most 1.3 of it",
         run=partial(_absorption, "smoke"),
     ),
     Claim(
