@@ -23,9 +23,7 @@ def call(*words):
 
 def test_text_is_compared_by_its_loss(capsys, text):
     words = ("--prompts", text, "--samples", "6", "--methods", "streaming_llm,random_keys")
-    assert (
-        call(*words, "--sparsity", "0.1,0.8,0.99", "--margin", "0.5", "--json", "--no-timed") == 0
-    )
+    assert call(*words, "--sparsity", "0.1,0.8", "--margin", "0.5", "--json", "--no-timed") == 0
     found = json.loads(capsys.readouterr().out)
     assert found["passing"]["streaming_llm"] == 0.1
     assert found["passing"]["random_keys"] < 0.8
@@ -33,9 +31,6 @@ def test_text_is_compared_by_its_loss(capsys, text):
     assert rows["streaming_llm", 0.8]["score"] < rows["streaming_llm", 0.1]["score"] < 0
     assert "removes 1" in found["recommendation"][0]
     assert "not a saving of time" in found["recommendation"][-1]
-    # What failed is not tried again.
-    for name in ("streaming_llm", "random_keys"):
-        assert (name, 0.99) not in rows or found["passing"][name] >= 0.8
 
 
 def test_a_saving_that_is_no_speed_up_is_said(capsys, text):
