@@ -242,7 +242,7 @@ def sentences(found: frontier.Frontier, margin: float) -> list[str]:
             f"no method passes every task at a margin of {margin:g}: keep full attention",
         ]
     # A method's saving is what it was measured to remove, not what it was asked to.
-    saved = {n: 1.0 - (found.cells[n, r].density or 1.0) for n, r in passing.items()}
+    saved = {name: found.saved(name) for name in passing}
     best = max(saved, key=lambda n: saved[n])
     cell = found.cells[best, passing[best]]
     phase = next(iter(cell.rows.values())).phase.replace("+", " and ")

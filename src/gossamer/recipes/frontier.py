@@ -286,6 +286,11 @@ class Frontier:
         found = [self.verdicts.get((name, sparsity, task)) for task in self.tasks]
         return bool(found) and all(v is not None and v.passes for v in found)
 
+    def saved(self, name: str) -> float:
+        """Share of the pairs removed, as measured, where a method last passed; 0 if nowhere."""
+        cell = self.cells.get((name, self.passing.get(name, 0.0)))
+        return 0.0 if cell is None or cell.density is None else 1.0 - cell.density
+
     def failed(self, name: str, sparsity: float) -> tuple[str, ...]:
         """Tasks that failed at a rung."""
         return tuple(
