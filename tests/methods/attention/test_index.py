@@ -141,3 +141,28 @@ def test_a_full_index_is_the_model_s_mask():
     assert FullIndex(layout).whole
     assert torch.equal(FullIndex(layout).mask(), layout.mask())
     assert FullIndex(layout).pairs() == (12, 12)
+
+
+def test_single_keys_never_make_a_square(monkeypatch):
+    """Token lists of a long prompt are counted and masked row by row."""
+    length, width = 6000, 4
+    layout = Layout(1, length, length)
+    at = torch.arange(length)
+    listed = (at[:, None] - torch.arange(width).flip(0)).clamp_min(0)
+    first = torch.ones(length, dtype=torch.long) * width
+    for query in range(width - 1):
+        first[query] = query + 1
+    indices = torch.cat([listed[q, width - int(n) :] for q, n in enumerate(first)])
+    indptr = torch.cat([torch.zeros(1, dtype=torch.long), first.cumsum(0)]).view(1, 1, -1)
+    index = BlockIndex(layout, (1, 1), indptr, indices)
+    seen, blocks = [], BlockIndex.blocks
+
+    def spy(self, rows=None):
+        made = blocks(self, rows)
+        seen.append(made.numel())
+        return made
+
+    monkeypatch.setattr(BlockIndex, "blocks", spy)
+    assert index.pairs()[0] == len(indices)
+    assert index.mask(slice(100, 102)).sum() == 2 * width
+    assert max(seen) < length * length / 2

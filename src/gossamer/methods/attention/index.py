@@ -186,20 +186,28 @@ class BlockIndex(KeyIndex):
         grid = grid.view(*mask.shape[:2], rows, high, columns, wide)
         return cls.from_blocks(index.layout, grid.any(5).any(3), block)
 
-    def blocks(self) -> Tensor:
-        """As a bool map (B, G, query blocks, key blocks)."""
+    def blocks(self, rows: slice | None = None) -> Tensor:
+        """As a bool map (B, G, query blocks, key blocks), or of some query blocks."""
         columns = -(-self.layout.keys // self.block[1])
-        counts = self.indptr.diff(dim=-1)
+        part = slice(0, self.indptr.shape[2] - 1) if rows is None else rows
+        begin, end = self.indptr[:, :, :-1][:, :, part], self.indptr[:, :, 1:][:, :, part]
+        counts = end - begin
         flat = torch.zeros(counts.numel(), columns, dtype=torch.bool, device=self.indices.device)
-        at = torch.arange(counts.numel(), device=self.indices.device)
-        flat[torch.repeat_interleave(at, counts.flatten()), self.indices] = True
+        row = torch.arange(counts.numel(), device=self.indices.device)
+        row = torch.repeat_interleave(row, counts.flatten())
+        before = counts.flatten().cumsum(0) - counts.flatten()
+        place = torch.arange(len(row), device=row.device) - before[row] + begin.flatten()[row]
+        flat[row, self.indices[place]] = True
         return flat.view(*counts.shape, columns)
 
     def mask(self, rows: slice | None = None) -> Tensor:
         layout = self.layout
         at = torch.arange(layout.queries, device=layout.device)
         at = at if rows is None else at[rows]
-        spread = self.blocks()[:, :, at // self.block[0]]
+        wanted = range(layout.queries)[rows or slice(None)]
+        first = wanted[0] // self.block[0] if wanted else 0
+        last = wanted[-1] // self.block[0] + 1 if wanted else 0
+        spread = self.blocks(slice(first, last))[:, :, at // self.block[0] - first]
         spread = spread.repeat_interleave(self.block[1], 3)[..., : layout.keys]
         if self.columns is not None:
             named = torch.zeros(
@@ -217,9 +225,21 @@ class BlockIndex(KeyIndex):
 
     def _plain_pairs(self) -> tuple[int, int]:
         """:meth:`pairs` under causality alone, block by block instead of pair by pair."""
+        layout = self.layout
+        blocks = self.indptr.shape[2] - 1
+        step = max(1, MEMO // (8 * self.indptr.shape[0] * self.indptr.shape[1] * layout.keys))
+        step = max(step * self.block[1], 1)
+        parts = (slice(at, min(at + step, blocks)) for at in range(0, blocks, step))
+        kept = sum(self._pairs_of(part) for part in parts)
+        reach = torch.arange(layout.queries) + 1 + layout.query_offset - layout.key_offset
+        own = int(reach.clamp(0, layout.keys).sum())
+        return kept, own * self.indptr.shape[0] * self.indptr.shape[1]
+
+    def _pairs_of(self, blocks: slice) -> int:
+        """Pairs that some query blocks keep."""
         layout, (high, wide) = self.layout, self.block
-        listed = self.blocks()
-        row = torch.arange(listed.shape[2], device=listed.device)
+        listed = self.blocks(blocks)
+        row = torch.arange(blocks.start, blocks.stop, device=listed.device)
         column = torch.arange(listed.shape[3], device=listed.device)
         first = layout.query_offset - layout.key_offset + row * high
         size = (layout.queries - row * high).clamp_max(high)
@@ -228,18 +248,15 @@ class BlockIndex(KeyIndex):
         # The j-th query of a block reads min(reach + 1 + j, width) keys of it, if any.
         held = _ramp(reach + size[:, None], width) - _ramp(reach, width)
         kept = int((listed * held).sum())
-        if self.columns is not None:
-            there = self.columns >= 0
-            place = self.columns.clamp_min(0)
-            later = (first + size - torch.maximum(first, place[..., None])).clamp_min(0)
-            later = later.clamp_max(size)
-            covered = listed.gather(
-                3, (place // wide)[:, :, None].expand(-1, -1, len(row), -1)
-            ).transpose(2, 3)
-            kept += int((later * ~covered * there[..., None]).sum())
-        whole = torch.arange(layout.queries, device=listed.device)
-        own = (whole + first[0] + 1).clamp(0, layout.keys).sum()
-        return kept, int(own) * len(listed) * listed.shape[1]
+        if self.columns is None:
+            return kept
+        there = self.columns >= 0
+        place = self.columns.clamp_min(0)
+        later = (first + size - torch.maximum(first, place[..., None])).clamp_min(0)
+        later = later.clamp_max(size)
+        named = (place // wide)[:, :, None].expand(-1, -1, len(row), -1)
+        covered = listed.gather(3, named).transpose(2, 3)
+        return kept + int((later * ~covered * there[..., None]).sum())
 
 
 def _ramp(count: Tensor, width: Tensor) -> Tensor:
