@@ -37,7 +37,9 @@ def defaults(length: int) -> list[str]:
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("methods", nargs="*")
     parser.add_argument("--model", required=True)
     parser.add_argument("--task", default="niah_single")
