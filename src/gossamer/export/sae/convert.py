@@ -75,9 +75,7 @@ def sparsify(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Parts:
     """EleutherAI's sparsify: ``cfg.json`` and ``sae.safetensors``; TopK, also as a transcoder."""
     activation = config.get("activation", "topk")
     if activation != "topk":
-        raise GossamerError(
-            f"sparsify's activation {activation!r} is not read; 'topk' alone is"
-        )
+        raise GossamerError(f"sparsify's activation {activation!r} is not read; 'topk' alone is")
     weight = tensors["encoder.weight"]
     made = _config("topk", weight.shape[1], weight.shape[0], k=int(config["k"]))
     state = {

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import torch
 import triton
-from torch import Tensor
+from torch import Tensor, nn
 
 from gossamer.kernels.sparse_code.segments import PIECE, Segments
 from gossamer.kernels.sparse_code.triton_code import (
@@ -92,8 +92,16 @@ def _block(width: int) -> int:
     return min(_BLOCK, max(16, triton.next_power_of_2(width)))
 
 
+def _padded(codes: Tensor, fill: int) -> Tensor:
+    """Codes (R, K) as wide as one of few sizes: each is compiled for, and batch rules vary K."""
+    K = codes.shape[1]
+    wide = triton.next_power_of_2(max(1, K)) if K <= 64 else 64 * triton.cdiv(K, 64)
+    return codes.contiguous() if wide == K else nn.functional.pad(codes, (0, wide - K), value=fill)
+
+
 def decode_triton(values: Tensor, indices: Tensor, atoms: Tensor, dtype: torch.dtype) -> Tensor:
     """(R, D) sums of the named atoms, in ``dtype``."""
+    indices, values = _padded(indices, -1), _padded(values, 0)
     R, K = indices.shape
     D = atoms.shape[1]
     out = torch.empty(R, D, dtype=dtype, device=atoms.device)
@@ -101,8 +109,8 @@ def decode_triton(values: Tensor, indices: Tensor, atoms: Tensor, dtype: torch.d
     if R:
         with on(atoms):
             decode_kernel[(R, triton.cdiv(D, block))](
-                values.contiguous(),
-                indices.contiguous(),
+                values,
+                indices,
                 atoms,
                 out,
                 K,
@@ -118,6 +126,8 @@ def value_gradient_triton(
     rows: Tensor, indices: Tensor, atoms: Tensor, dtype: torch.dtype
 ) -> Tensor:
     """(R, K) products of rows and named atoms, in ``dtype``."""
+    real = indices.shape[1]
+    indices = _padded(indices, -1)
     R, K = indices.shape
     D = atoms.shape[1]
     out = torch.empty(R, K, dtype=dtype, device=atoms.device)
@@ -125,7 +135,7 @@ def value_gradient_triton(
         with on(atoms):
             value_gradient_kernel[(R,)](
                 rows,
-                indices.contiguous(),
+                indices,
                 atoms,
                 out,
                 K,
@@ -134,7 +144,7 @@ def value_gradient_triton(
                 BLOCK=_block(D),
                 num_warps=4,
             )
-    return out
+    return out[:, :real]
 
 
 def atom_gradient_triton(
