@@ -101,7 +101,7 @@ def recommend(
     if json:
         print_json(_record(model, found, margin, device))
         return
-    _show(model, found, rungs)
+    _show(model, found)
     fewest = min(map(len, groups.values()))
     if fewest < needed and kind == "answers":
         warn(
@@ -188,14 +188,20 @@ def _climb(
     return found, refused
 
 
-def _show(model: str, found: frontier.Frontier, rungs: list[float]) -> None:
-    head = ["method", "sparsity", "density", "mass", *found.dense.scores, "time", "verdict"]
-    rows = [["dense", "0", "1", "1", *_scores(found.dense), "1x", ""]]
+def _show(model: str, found: frontier.Frontier) -> None:
+    tasks = tuple(found.dense.scores)
+    head = ["method", "sparsity", "verdict", "density", "mass", "time", *tasks]
+    rows = [["dense", "0", "", "1", "1", "1x", *_scores(found.dense)]]
+    failures: list[str] = []
     for (name, rung), cell in found.cells.items():
         failed = found.failed(name, rung)
-        verdict = f"fails {', '.join(failed)}" if failed else "passes"
-        rows.append([name, f"{rung:g}", *_kept(cell), *_scores(cell), _speed(cell), verdict])
-    console.print(table(f"sparse attention on {model}", head, rows, right=1))
+        if failed:
+            failures.append(f"{name} at {rung:g} fails {', '.join(failed)}")
+        verdict = "fails" if failed else "passes"
+        rows.append([name, f"{rung:g}", verdict, *_kept(cell), _speed(cell), *_scores(cell)])
+    console.print(table(f"sparse attention on {model}", head, rows, right=3))
+    for line in failures:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _scores(cell: frontier.Cell) -> list[str]:
