@@ -1,0 +1,1 @@
+"""Circuits of attention heads: found from sparse codes, and marked against ablation."""
