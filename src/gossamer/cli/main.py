@@ -74,6 +74,11 @@ app.command(
     help="Write a model with zeros in the space its weights need.",
 )
 app.command(
+    "gossamer.cli.features:app",
+    name="features",
+    help="Look at what a sparse dictionary found.",
+)
+app.command(
     "gossamer.cli.report:report",
     help="Build the page of a comparison.",
 )

@@ -16,7 +16,7 @@ from gossamer.report.findings import findings, join
 from gossamer.report.layers import heat_key, layer_maps
 from gossamer.report.rows import BLOCKS, USABLE, Row, Series, Table
 
-__all__ = ["build", "render"]
+__all__ = ["build", "render", "write_page"]
 
 _META = (
     "model",
@@ -62,10 +62,24 @@ def build(
     GossamerError
         If a row names no method, or the file cannot be written.
     """
+    return write_page(render(rows, claims, meta), out)
+
+
+def write_page(text: str, out: str | Path) -> Path:
+    """Write a page whole or not at all.
+
+    Parameters
+    ----------
+    out : the file, or a folder that gets ``index.html``.
+
+    Raises
+    ------
+    GossamerError
+        If the file cannot be written.
+    """
     path = Path(out)
     if path.suffix.lower() not in (".html", ".htm"):
         path = path / "index.html"
-    text = render(rows, claims, meta)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
