@@ -84,3 +84,8 @@ def test_halves_have_equal_text():
     assert halves(["ab", "cdef"]) == (["ab", "c"], ["def"])
     first, second = halves(["a", "b" * 99])
     assert len("".join(first)) == len("".join(second)) == 50
+
+
+def test_a_text_in_place_of_a_path():
+    with pytest.raises(GossamerError, match=r"give texts in a list, \[text\]"):
+        read_documents("def f():\n    return 1\n")

@@ -1,6 +1,7 @@
 """Applied: a method at work on a model. It reports, undoes itself, and can be saved."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from math import fsum
@@ -85,11 +86,7 @@ class Report:
         return {**values, "sparsity": self.sparsity, "sparsity_all": self.sparsity_all}
 
     def __str__(self) -> str:
-        name = self.method.get("method", "?")
-        fields = ", ".join(
-            f"{k} {v}" for k, v in self.method.items() if k != "method" and v not in (None, "")
-        )
-        head = f"{name} ({fields}): {self.sparsity:.2%} of {self.size:,} {self.unit} removed"
+        head = f"{_words(self.method)}: {self.sparsity:.2%} of {self.size:,} {self.unit} removed"
         if self.unit == "weights":
             head += f", {self.sparsity_all:.2%} of all {self.all_size:,} parameters"
         if self.simulated:
@@ -98,6 +95,16 @@ class Report:
         lines = [f"  {r.name:<{wide}}  {r.sparsity:7.2%} of {r.size:>12,}" for r in self.rows]
         facts = [f"  note: {n}" for n in self.notes] + [f"  warning: {w}" for w in self.warnings]
         return "\n".join([head, *lines, *facts])
+
+
+def _words(method: Mapping[str, Any]) -> str:
+    """A method's plain values in words; one that holds methods shows theirs."""
+    shown = {
+        name: _words(value) if isinstance(value, Mapping) and "method" in value else value
+        for name, value in method.items()
+        if name != "method" and value not in (None, "")
+    }
+    return f"{method.get('method', '?')} ({', '.join(f'{k} {v}' for k, v in shown.items())})"
 
 
 _AT_WORK = "_gossamer_at_work"

@@ -31,6 +31,10 @@ def read_documents(
 
         chosen = nano.calibration_documents if split == "calibration" else nano.heldout_documents
         return chosen()
+    if "\n" in str(path):
+        raise GossamerError(
+            "a string names a file; this one has several lines: give texts in a list, [text]"
+        )
     path = Path(os.path.expanduser(path))
     if not os.path.exists(path):
         raise GossamerError(f"no file {path}; give a text, JSONL or parquet file")
