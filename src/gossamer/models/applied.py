@@ -78,7 +78,8 @@ class Report:
     @property
     def sparsity_all(self) -> float:
         """Share removed over the whole model."""
-        return fsum(r.sparsity * r.size for r in self.rows) / self.all_size if self.all_size else 0.0
+        gone = fsum(r.sparsity * r.size for r in self.rows)
+        return gone / self.all_size if self.all_size else 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values, for JSON."""
