@@ -61,14 +61,13 @@ class Shelf:
         Parameters
         ----------
         find : words that a latent's number, tokens or explanation must hold.
-        sort : ``index``, ``density``, ``top`` or ``mean``. dead : those that never fired too.
+        sort : ``index``, ``density`` or ``top`` (the largest code). dead : those that never fired too.
         """
         book = self.book
         keys = {
             "index": torch.arange(len(book)),
             "density": book.density,
             "top": torch.maximum(book.top, -book.bottom),
-            "mean": book.mean.abs(),
         }
         if sort not in keys:
             raise GossamerError(f"sort is {sort!r}; give {', '.join(keys)}")

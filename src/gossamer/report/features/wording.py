@@ -24,10 +24,10 @@ class Vocabulary:
     """
 
     def __init__(self, source: Any) -> None:
-        self._list = source if isinstance(source, Sequence) else None
-        self._tokenizer = source
+        self._list: Sequence[str] | None = source if isinstance(source, list | tuple) else None
+        self._tokenizer: Any = source
         self._known: dict[int, str] = {}
-        pieces = [] if self._list is not None else list(source.get_vocab())
+        pieces = [] if self._list is not None else list(self._tokenizer.get_vocab())
         # WordPiece marks what continues a word; everything else begins one.
         self._continued = sum(piece.startswith("##") for piece in pieces) > len(pieces) // 100
 

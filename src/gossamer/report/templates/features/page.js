@@ -11,7 +11,6 @@ const within = {
   index: (row) => row.i,
   density: (row) => row.density ?? -1,
   top: (row) => Math.abs(row.top),
-  mean: (row) => Math.abs(row.mean ?? 0),
 };
 
 function here(features) {
@@ -67,15 +66,16 @@ function make(name, attributes = {}, ...inside) {
 const figure = (value) => {
   if (value === null || value === undefined) return "–";
   const size = Math.abs(value);
-  const text = size !== 0 && (size < 0.001 || size >= 1e5)
-    ? value.toExponential(1) : String(Number(value.toPrecision(3)));
-  return text.replace("-", "−");
+  const text = size === 0 ? "0" : size < 0.001 || size >= 1e5 ? value.toExponential(1)
+    : size >= 100 ? value.toFixed(0) : value.toPrecision(3);
+  return text.replaceAll("-", "−");
 };
 const percent = (share) => {
   if (share === null || share === undefined) return "–";
-  if (share === 0) return "0 %";
-  const text = share < 0.0001 ? (100 * share).toExponential(1) : Number((100 * share).toPrecision(2));
-  return text + " %";
+  if (share === 0) return "0\u202f%";
+  const text = share < 0.0001 ? (100 * share).toExponential(1).replace("-", "−")
+    : share >= 0.1 ? (100 * share).toFixed(0) : (100 * share).toPrecision(2);
+  return text + "\u202f%";
 };
 
 // Spaces and line breaks that a reader must see are drawn, the rest is the text itself.
@@ -113,9 +113,9 @@ async function list() {
     return;
   }
   if (turn !== asked) return;
-  body.replaceChildren(...found.rows.map(line));
+  body.replaceChildren(...found.rows.flatMap(line));
   if (!found.rows.length) {
-    const cell = make("td", { colspan: promotes ? 6 : 5, class: "muted" }, "Nothing matches.");
+    const cell = make("td", { colspan: promotes ? 5 : 4, class: "muted" }, "Nothing matches.");
     body.append(make("tr", {}, cell));
   }
   const last = Math.min(found.total, state.start + PAGE);
@@ -130,15 +130,18 @@ async function list() {
 
 function line(row) {
   const link = make("a", { href: "#" + row.i }, "#" + row.i);
-  const fires = make("td", {}, ...row.fires.slice(0, 3).map(chip));
-  if (row.words) fires.append(make("span", { class: "told", title: row.words }, row.words));
   const made = make("tr", { "data-index": row.i, class: gone(row) ? "gone" : "" },
-    make("th", { scope: "row" }, link), fires,
-    make("td", { class: "n" }, percent(row.density)), make("td", { class: "n" }, figure(row.top)),
-    make("td", { class: "n" }, figure(row.mean)));
+    make("th", { scope: "row" }, link), make("td", {}, ...row.fires.slice(0, 3).map(chip)),
+    make("td", { class: "n" }, percent(row.density)), make("td", { class: "n" }, figure(row.top)));
   if (promotes) made.append(make("td", { class: "roomy" }, ...row.says.slice(0, 3).map(chip)));
-  made.addEventListener("click", () => { location.hash = row.i; });
-  return made;
+  const lines = [made];
+  if (row.words) {
+    const words = make("td", { colspan: 3, title: row.words }, row.words);
+    lines.push(make("tr", { "data-index": row.i, class: "told" }, make("td"), words));
+    if (promotes) lines[1].append(make("td", { class: "roomy" }));
+  }
+  for (const one of lines) one.addEventListener("click", () => { location.hash = row.i; });
+  return lines;
 }
 
 function mark() {
@@ -191,11 +194,12 @@ function chart(bars) {
     for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
     return made;
   };
-  const [width, height, foot] = [560, 92, 18];
+  const [width, height] = [560, 92];
   const most = Math.max(...bars.counts), step = width / bars.counts.length;
   const size = (bars.high - bars.low) / bars.counts.length;
   const made = svg("svg", {
-    viewBox: `0 0 ${width} ${height + foot}`, role: "img", "aria-label": "Histogram of codes",
+    viewBox: `0 0 ${width} ${height}`, preserveAspectRatio: "none", role: "img",
+    "aria-label": `Histogram from ${figure(bars.low)} to ${figure(bars.high)}`,
   });
   bars.counts.forEach((count, place) => {
     if (!count) return;
@@ -207,13 +211,9 @@ function chart(bars) {
     rect.dataset.tip = `${count.toLocaleString("en")} codes from ${figure(from)} to ${figure(from + size)}`;
     made.append(rect);
   });
-  made.append(svg("line", { class: "axis", x1: 0, x2: width, y1: height + 0.5, y2: height + 0.5 }));
-  for (const [x, anchor, value] of [[0, "start", bars.low], [width, "end", bars.high]]) {
-    const text = svg("text", { class: "tick", x, y: height + 15, "text-anchor": anchor });
-    text.textContent = figure(value);
-    made.append(text);
-  }
-  return made;
+  const ends = make("p", { class: "ends" }, make("span", {}, figure(bars.low)),
+    make("span", {}, figure(bars.high)));
+  return make("div", { class: "bars" }, made, ends);
 }
 
 function logits(pairs, kind) {
@@ -265,7 +265,7 @@ function shown(feature) {
   if (feature.near.length) {
     parts.push(title("Neighbours", "cosine of atoms"), make("div", { class: "near" },
       ...feature.near.map(([index, cosine]) => {
-        const inside = ["#" + index, make("small", {}, figure(Number(cosine.toFixed(2))))];
+        const inside = ["#" + index, make("small", {}, cosine.toFixed(2).replace("-", "−"))];
         return source.has(index) ? make("a", { href: "#" + index }, ...inside) : make("span", {}, ...inside);
       })));
   }
