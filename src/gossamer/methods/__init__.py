@@ -151,8 +151,9 @@ def text_fields(parts: list[str]) -> dict[str, str]:
 def parse_method(text: str, **values: Any) -> Method:
     """A method from its text form ``key`` or ``key:field=value:field=value``.
 
-    ``first+second`` is the sum of two methods, where a family defines one. Keyword values fill fields that the text leaves open and the method has; fields that the
-    method does not have are passed over, so one grid serves methods of several families.
+    ``first+second`` is the sum of two methods, where a family defines one. Keyword values fill
+    fields that the text leaves open and the method has; fields that the method does not have are
+    passed over, so one grid serves methods of several families.
     """
     first, *others = re.split(r"\+(?=[a-z])", text.strip())
     if others:

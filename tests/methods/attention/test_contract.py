@@ -264,5 +264,6 @@ def test_choice_keeps_more_mass_than_chance_and_a_window(key):
         assert mass > control(RandomKeys(sparsity=1 - density, length=256))
     if "beats window" not in methods.get(key).exempt and density < 0.9:
         # A window holds its share over whole prompts; late queries need it in keys.
-        amount = {"sparsity": 1 - density} if "prefill" in phases else {"recent": int(density * 256)}
+        whole = "prefill" in phases
+        amount = {"sparsity": 1 - density} if whole else {"recent": int(density * 256)}
         assert mass > control(StreamingLLM(**amount, sink=1, length=256)) - 1e-3
