@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gossamer.models import Tokens
+from gossamer.models import Inputs, Tokens
 from tests.models.classes import broken_labels, class_scores, classifier, labelled
 from tests.models.clips import (
     labelled_images,
@@ -23,6 +23,7 @@ from tests.models.clips import (
 )
 from tests.models.diffusion import denoised, diffusion_lm
 from tests.models.dynamics import broken, perceptron, predictions, pushes
+from tests.models.patches import broken_patches, coder, patches, recoded
 from tests.models.tables import autoencoder, broken_table, reconstruction, table
 from tests.models.tiny import tiny_model
 from tests.models.vision import images, logits, mobilenet
@@ -82,6 +83,19 @@ def _class_logits(model: nn.Module) -> Tensor:
         return model(pixel_values=pixels(6, 2)).logits
 
 
+def _labelled_windows() -> Inputs:
+    """Windows in three classes; one token of a class is common in it."""
+    ids = torch.cat([random_tokens(seed).input_ids for seed in range(8)])
+    labels = torch.arange(len(ids)) % 3
+    ids[:, ::3] = 20 + labels[:, None]
+    return Inputs({"input_ids": ids, "labels": labels})
+
+
+def _labelled_unknown_words() -> Inputs:
+    values = dict(_labelled_windows().values)
+    return Inputs({**values, "input_ids": torch.full_like(values["input_ids"], 10_000)})
+
+
 def _unknown_words() -> Tokens:
     tokens = Tokens.from_ids(torch.full((2, 8), 3))
     object.__setattr__(tokens, "input_ids", torch.full((2, 8), 10_000))
@@ -101,6 +115,12 @@ SUBJECTS: dict[str, Subject] = {
         outputs=_logits,
         broken=_unknown_words,
     ),
+    "labelled language model": Subject(
+        build=lambda: tiny_model("llama"),
+        data=_labelled_windows,
+        outputs=_logits,
+        broken=_labelled_unknown_words,
+    ),
     "vision model": Subject(build=mobilenet, data=images, outputs=logits),
     "vision transformer": Subject(
         build=lambda: tiny_model("vit"),
@@ -111,6 +131,7 @@ SUBJECTS: dict[str, Subject] = {
     "masked-diffusion language model": Subject(
         build=diffusion_lm, data=lambda: None, outputs=denoised
     ),
+    "natural patches": Subject(build=coder, data=patches, outputs=recoded, broken=broken_patches),
     "stream model": Subject(build=stream_net, data=shapes, outputs=streamed),
     "vision-language model": Subject(
         build=tiny_vlm,
