@@ -8,6 +8,7 @@ from cyclopts import Parameter
 from gossamer import methods
 from gossamer.cli.show import bar, console, print_json
 from gossamer.models import as_tokens
+from gossamer.models.labelled import as_labelled
 from gossamer.models.store import require_new
 from gossamer.recipes.recipe import load
 
@@ -44,7 +45,8 @@ def sparsify(
     pattern
         Allowed shape: row, layer, model, 2:4, block:16x16, channels:in ...
     data
-        Calibration text: a text, JSONL or parquet file. Without it the packaged text.
+        Calibration text: a text, JSONL or parquet file. Without it the packaged text. Methods
+        that contrast texts take a JSONL file with text and label on every line.
     out
         Folder to save to; it must be new or empty. Without it nothing is saved.
     samples
@@ -69,14 +71,18 @@ def sparsify(
         require_new(out)
     loaded = load(model, dtype=dtype, device=device, allow_pickle=allow_pickle)
     with bar(f"{made.key()} on {model}", quiet=json) as progress:
-        tokens = as_tokens(
-            data,
-            loaded.model,
-            samples=samples,
-            length=length,
-            seed=seed,
-            tokenizer=loaded.tokenizer,
-        )
+        tokens: Any
+        if made.subject == "labelled language model":
+            tokens = as_labelled(data, loaded.model, length=length, tokenizer=loaded.tokenizer)
+        else:
+            tokens = as_tokens(
+                data,
+                loaded.model,
+                samples=samples,
+                length=length,
+                seed=seed,
+                tokenizer=loaded.tokenizer,
+            )
         options = {"undo": False} if "undo" in signature(made.apply).parameters else {}
         applied = made.apply(loaded.model, tokens, progress=progress, **options)
     report = applied.report()

@@ -1,0 +1,1 @@
+"""Claims of the control family: one module per method, ``CLAIMS`` in each."""

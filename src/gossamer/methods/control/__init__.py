@@ -1,0 +1,1 @@
+"""Control: steer what a model does by editing its activations, reversibly."""
