@@ -13,7 +13,15 @@ from torch import Tensor, nn
 
 from gossamer.core import GossamerError, nearest
 
-__all__ = ["find_module", "hidden_of", "input_of", "record", "split_path", "with_hidden"]
+__all__ = [
+    "find_module",
+    "hidden_of",
+    "input_of",
+    "record",
+    "split_path",
+    "with_hidden",
+    "with_input",
+]
 
 
 class _Recorded(Exception):  # noqa: N818 - a signal, not an error
@@ -85,6 +93,14 @@ def input_of(args: Any, kwargs: Mapping[str, Any], path: str) -> Tensor:
     """The activations a module is called with: its first argument, or ``hidden_states``."""
     first = args[0] if args else kwargs.get("hidden_states", next(iter(kwargs.values()), None))
     return hidden_of(first, path)
+
+
+def with_input(args: Any, kwargs: Mapping[str, Any], hidden: Tensor) -> tuple[Any, Any]:
+    """A module's arguments with the activations it is called with replaced."""
+    if args:
+        return (hidden, *args[1:]), kwargs
+    name = "hidden_states" if "hidden_states" in kwargs else next(iter(kwargs))
+    return args, {**kwargs, name: hidden}
 
 
 @torch.no_grad()

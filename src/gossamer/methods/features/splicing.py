@@ -3,8 +3,8 @@
 Shapes: R = rows, D = width, M = latents.
 """
 
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -19,6 +19,7 @@ from gossamer.methods.features.hooks import (
     input_of,
     split_path,
     with_hidden,
+    with_input,
 )
 from gossamer.methods.features.measure import DictionaryScore, Interval
 from gossamer.methods.features.source import ActivationSource
@@ -30,7 +31,7 @@ Edit = Callable[[SparseRows], SparseRows]
 
 
 class Splice:
-    """A hook that decodes a module's output from its sparse code.
+    """A hook that decodes a module's output, or with ``path:in`` its input, from its sparse code.
 
     Rows above the dictionary's ``sink_norm``, which it was not trained on, pass unchanged.
     A dictionary whose metadata name other modules under ``reads`` (``path:in`` for an input) gets
@@ -62,13 +63,19 @@ class Splice:
         self.keep_error, self.edit = keep_error, edit
         self._reads = tuple(dictionary.metadata.get("reads") or (path,))
         self._seen: dict[str, Tensor] = {}
+        self._paused = False
         self._handles = ExitStack()
         try:
             for read in self._reads:
                 if read != path:
                     self._watch(model, read)
-            module = find_module(model, path)
-            self._handles.callback(module.register_forward_hook(self._hook).remove)
+            name, inward = split_path(path)
+            module = find_module(model, name)
+            if inward:
+                handle = module.register_forward_pre_hook(self._before, with_kwargs=True)
+            else:
+                handle = module.register_forward_hook(self._hook)
+            self._handles.callback(handle.remove)
         except BaseException:
             self.remove()
             raise
@@ -95,6 +102,15 @@ class Splice:
         self._handles.close()
         self._seen.clear()
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """While open, the module's activations pass unchanged."""
+        self._paused = True
+        try:
+            yield
+        finally:
+            self._paused = False
+
     def __enter__(self) -> "Splice":
         return self
 
@@ -105,7 +121,13 @@ class Splice:
         hidden = hidden_of(output, self.path)
         return with_hidden(output, self._rewrite(hidden))
 
+    def _before(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        return with_input(args, kwargs, self._rewrite(input_of(args, kwargs, self.path)))
+
     def _rewrite(self, hidden: Tensor) -> Tensor:
+        if self._paused:
+            self._seen.clear()
+            return hidden
         made, rows = self.dictionary, hidden.reshape(-1, hidden.shape[-1])
         self._seen[self.path] = hidden
         parts = [self._read(path).reshape(len(rows), -1) for path in self._reads]
@@ -274,20 +296,30 @@ def loss_recovered(
     """
     if ablation not in ("zero", "mean"):
         raise GossamerError(f"ablation is {ablation!r}; give 'zero' or 'mean'")
-    module = find_module(model, path)
+    name, inward = split_path(path)
+    module = find_module(model, name)
     constant: Tensor | float = 0.0
     if ablation == "mean":
         constant = _mean_activation(model, tokens, path, batch_size)
 
     def ablate(module: nn.Module, args: Any, output: Any) -> Any:
         hidden = hidden_of(output, path)
+        return with_hidden(output, filled(hidden))
+
+    def ablate_input(module: nn.Module, args: Any, kwargs: Any) -> Any:
+        return with_input(args, kwargs, filled(input_of(args, kwargs, path)))
+
+    def filled(hidden: Tensor) -> Tensor:
         value = torch.as_tensor(constant, dtype=hidden.dtype, device=hidden.device)
-        return with_hidden(output, value.expand_as(hidden))
+        return value.expand_as(hidden)
 
     clean = _loss(model, tokens, batch_size)
     with Splice(model, path, dictionary):
         spliced = _loss(model, tokens, batch_size)
-    handle = module.register_forward_hook(ablate)
+    if inward:
+        handle = module.register_forward_pre_hook(ablate_input, with_kwargs=True)
+    else:
+        handle = module.register_forward_hook(ablate)
     try:
         ablated = _loss(model, tokens, batch_size)
     finally:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.core import GossamerError, Site
-from gossamer.methods.features.hooks import find_module, input_of, record
+from gossamer.methods.features.hooks import find_module, input_of, record, with_input
 from gossamer.models import find_sites
 
 __all__ = [
@@ -111,7 +111,7 @@ class _Silence:
         split = given.unflatten(-1, (len(self.heads), -1)).clone()
         means = self.means.to(split)
         split[..., self.heads, :] = means[..., self.heads, :].expand(*split.shape[:-2], -1, -1)
-        return (split.flatten(-2), *args[1:]), kwargs
+        return with_input(args, kwargs, split.flatten(-2))
 
 
 @torch.no_grad()

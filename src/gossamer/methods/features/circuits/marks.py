@@ -5,7 +5,6 @@ Shapes: A = heads.
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from gossamer.core import GossamerError

@@ -1,0 +1,1 @@
+"""Attribution: where in the text, and in which head, a latent gets its value from."""
