@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.models import Inputs, Tokens
+from gossamer.models.labelled import Labelled
 from tests.models.classes import broken_labels, class_scores, classifier, labelled
 from tests.models.clips import (
     labelled_images,
@@ -102,6 +103,17 @@ def _unknown_words() -> Tokens:
     return tokens
 
 
+def _two_kinds() -> Labelled:
+    """12 windows of two labels; those of the second hold the upper half of the words alone."""
+    ids = torch.cat([random_tokens(0).input_ids, 64 + random_tokens(1).input_ids // 2])
+    return Labelled.from_ids(ids, label=torch.arange(2).repeat_interleave(6))
+
+
+def _two_kinds_unknown() -> Labelled:
+    known = _two_kinds()
+    return Labelled.from_ids(known.tokens.input_ids + 10_000, **known.attributes)
+
+
 SUBJECTS: dict[str, Subject] = {
     "decoding language model": Subject(
         build=lambda: tiny_model("llama"),
@@ -120,6 +132,12 @@ SUBJECTS: dict[str, Subject] = {
         data=_labelled_windows,
         outputs=_logits,
         broken=_labelled_unknown_words,
+    ),
+    "steered language model": Subject(
+        build=lambda: tiny_model("llama"),
+        data=_two_kinds,
+        outputs=_decoded_logits,
+        broken=_two_kinds_unknown,
     ),
     "vision model": Subject(build=mobilenet, data=images, outputs=logits),
     "vision transformer": Subject(

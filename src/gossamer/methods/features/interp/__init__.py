@@ -1,0 +1,1 @@
+"""Automated interpretation: say in words when a latent fires, and test what was said."""
