@@ -66,8 +66,8 @@ CLAIMS = (
         "shows it less where it is called for.",
         paper="99.65 % of texts show the emotion (Llama-3.2-3B, 392 neurons and 168 heads; "
         "quoted from memory)",
-        experiment="packaged model of templated tasks, feelings by twos, 2 % of neurons and 10 % of "
-        "heads (one of 16), scale 0.8 on sentences without a feeling; as many random units; "
+        experiment="packaged model of templated tasks, feelings by twos, 2 % of neurons and 10 % "
+        "of heads (one of 16), scale 0.8 on sentences without a feeling; as many random units; "
         "zeroing the circuit where a feeling is called for",
         run=_run,
         check=_check,

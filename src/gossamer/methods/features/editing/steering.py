@@ -94,8 +94,10 @@ class SteeringMethod(Method):
     positions : tokens it is made at: ``all``, ``last``, or places such as ``0,3,4``.
     """
 
-    subject: ClassVar[str] = "labelled language model"
-    removes: ClassVar[bool] = False
+    subject: ClassVar[str] = "steered language model"
+    exempt: ClassVar[Mapping[str, str]] = {
+        "dense at sparsity 0": "the amount is a strength, not a sparsity",
+    }
 
     attribute: str = "label"
     target: str | None = None
