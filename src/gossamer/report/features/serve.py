@@ -133,7 +133,8 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             text = json.dumps(make(), ensure_ascii=False)
         except ValueError as error:
-            self._send(HTTPStatus.BAD_REQUEST, "text/plain", str(error))
+            told = error if isinstance(error, GossamerError) else "a number was expected"
+            self._send(HTTPStatus.BAD_REQUEST, "text/plain", str(told))
             return
         self._send(HTTPStatus.OK, "application/json", text)
 

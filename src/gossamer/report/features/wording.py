@@ -50,9 +50,8 @@ class Vocabulary:
             return piece[2:] if piece.startswith("##") else f" {piece}"
         if "▁" in piece:
             return piece.replace("▁", " ")
-        text = self._tokenizer.decode([token])
-        # Part of a character has no text of its own.
-        return piece if "\ufffd" in text or not text else text
+        # Part of a character is spelt as the sign for what cannot be shown.
+        return self._tokenizer.decode([token]) or piece
 
 
 class Unembedding:
