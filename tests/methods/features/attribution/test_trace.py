@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -38,7 +40,7 @@ def test_later_hops_start_where_the_one_before_ended():
         hops = trace(model, {"input_ids": IDS}, made, 1, latent=latent, at=8, streams=streams())
         lengths.add(len(hops))
         assert all(hop.latent is not None for hop in hops)
-        for one, other in zip(hops, hops[1:], strict=False):
+        for one, other in pairwise(hops):
             assert other.block < one.block
             assert other.at == one.source >= other.source
     assert lengths == {1, 2}

@@ -1,0 +1,1 @@
+"""Interaction bases: directions of a layer by how much the next one listens to them."""
