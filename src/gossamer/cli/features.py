@@ -252,10 +252,10 @@ def _serve(shelf: seen.Shelf, port: int, show: bool) -> None:
     """Until interrupted."""
     listening = seen.server(shelf, port)
     address = f"http://127.0.0.1:{listening.server_port}/"
-    console.print(f"features: {address} (Ctrl-C ends it)", markup=False, highlight=False)
-    if show:
-        webbrowser.open(address)
     try:
+        console.print(f"features: {address} (Ctrl-C ends it)", markup=False, highlight=False)
+        if show:
+            webbrowser.open(address)
         listening.serve_forever()
     except KeyboardInterrupt:
         return

@@ -61,7 +61,8 @@ class Shelf:
         Parameters
         ----------
         find : words that a latent's number, tokens or explanation must hold.
-        sort : ``index``, ``density`` or ``top`` (the largest code). dead : those that never fired too.
+        sort : ``index``, ``density`` or ``top`` (the largest code). dead : also those that
+            never fired.
         """
         book = self.book
         keys = {
