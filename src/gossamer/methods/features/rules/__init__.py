@@ -22,6 +22,7 @@ from gossamer.methods.features.rules.batches import (
     zipf_counts,
 )
 from gossamer.methods.features.rules.penalised import Gated, JumpReLU, ReLU
+from gossamer.methods.features.rules.structured import Structured
 from gossamer.methods.features.rules.tokens import AbsTopK, GradientTopK, TopK
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "ReLU",
     "Rule",
     "Step",
+    "Structured",
     "TopAFA",
     "TopK",
     "check_k",
@@ -50,7 +52,7 @@ __all__ = [
 ]
 
 RULES: dict[str, type[Rule]] = {
-    rule.architecture: rule for rule in (TopK, ReLU, JumpReLU, Gated, AbsTopK, TopAFA)
+    rule.architecture: rule for rule in (TopK, ReLU, JumpReLU, Gated, AbsTopK, TopAFA, Structured)
 }
 """Rules that files hold; rules in which a batch competes are stored as the JumpReLU they end as."""
 
