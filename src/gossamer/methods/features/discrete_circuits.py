@@ -70,7 +70,7 @@ class Circuit:
         flat = self.scores.flatten()
         wide = self.scores.shape[1]
         order = flat.argsort(descending=True, stable=True).tolist()
-        return [(*divmod(at, wide), float(flat[at])) for at in order]
+        return [(at // wide, at % wide, float(flat[at])) for at in order]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,8 +186,9 @@ class DiscreteCircuits(Method):
         self, model: nn.Module, meta: Mapping[str, Any], tensors: Mapping[str, Tensor]
     ) -> "FoundCircuit":
         """Silence the heads outside a stored circuit again."""
-        parts = (tensors[name] for name in _STORED)
-        return FoundCircuit(self, model, Circuit(*parts, meta["ranked_by"]), tensors["means"])
+        parts = {name: tensors[name] for name in _STORED}
+        circuit = Circuit(**parts, ranked_by=meta["ranked_by"])
+        return FoundCircuit(self, model, circuit, tensors["means"])
 
 
 def _inputs(model: nn.Module, tokens: Tokens) -> Mapping[str, Tensor]:

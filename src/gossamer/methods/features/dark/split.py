@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gossamer.core import GossamerError
 from gossamer.methods.features.autoencoder import Dictionary
@@ -163,4 +163,4 @@ def with_linear_error(made: Dictionary, linear: LinearFit, part: str) -> Diction
         if part == "linear":
             new.W_skip.copy_(weight)
             new.b_dec.add_(bias)
-    return nn.Module.requires_grad_(new.eval(), False)
+    return new.eval().requires_grad_(False)
