@@ -164,7 +164,7 @@ CLAIMS = (
         "latent's {detection_other:.3f}); fuzzing {fuzzing_true:.3f} ({fuzzing_own:.3f}, "
         "{fuzzing_other:.3f}); AUROC of embedding {embedding_true:.3f}, surprisal "
         "{surprisal_true:.3f}; {hits:.0%} of pushes on target after {steps:.1f} tries; "
-        "intervention {written:+.2f} nats against {written_random:+.2f} of random pushes; calls / estimate "
-        "{calls:.2f}",
+        "intervention {written:+.2f} nats against {written_random:+.2f} of random pushes; calls / "
+        "estimate {calls:.2f}",
     ),
 )

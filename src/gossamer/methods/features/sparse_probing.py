@@ -116,7 +116,8 @@ class SparseProbing(CountedMethod):
         "k": 8,
         "tokens": 2048,
         "latents": (4,),
-        "baselines": ("logistic",),
+        "penalty": "l2",
+        "baselines": ("pca",),
         "points": 1,
     }
 

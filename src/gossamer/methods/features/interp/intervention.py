@@ -6,7 +6,7 @@ Shapes: N = prompts, T = tokens, D = width of the module's output, V = vocabular
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -70,8 +70,8 @@ def find_strength(
 ) -> Strength:
     """The strength at which the next token's distribution moves by KL(clean ‖ pushed) = target.
 
-    Small pushes move it by their square, so each try follows the slope of log KL by log strength
-    through the last two, and halves the bracket where that leads outside it.
+    Two strengths that move it too little and too much are looked for, then narrowed by false
+    position on log KL.
 
     Parameters
     ----------
@@ -92,25 +92,30 @@ def find_strength(
             new = _next(model, ids)
         return float((clean.exp() * (clean - new)).sum(-1).mean())
 
-    low, high, power = 0.0, math.inf, 2.0
-    at, tried = start, []
+    low: tuple[float, float] | None = None
+    high: tuple[float, float] | None = None
+    best, at = None, start
     for step in range(1, most + 1):
         kl = max(moved(at), 1e-12)
-        tried.append((abs(math.log(kl / target)), Strength(at, kl, step, False)))
-        if abs(kl - target) <= tolerance * target:
-            return Strength(at, kl, step, True)
-        low, high = (max(low, at), high) if kl < target else (low, min(high, at))
-        if len(tried) > 1:
-            before = tried[-2][1]
-            run = math.log(at / before.value)
-            rise = math.log(kl / before.kl) / run if run else power
-            power = min(4.0, max(0.5, rise))
-        # No more than tenfold a step: far extrapolation meets another regime.
-        guess = at * min(10.0, max(0.1, (target / kl) ** (1 / power)))
-        if not low < guess < high:
-            guess = math.sqrt(max(low, high / 100) * high) if high < math.inf else 2 * at
-        at = guess
-    return min(tried, key=lambda one: one[0])[1]
+        gap = math.log(kl / target)
+        hit = abs(kl - target) <= tolerance * target
+        tried = Strength(at, kl, step, hit)
+        if hit:
+            return tried
+        if best is None or abs(gap) < abs(math.log(best.kl / target)):
+            best = tried
+        # The end that stays counts half the next time (Illinois), so that both ends close in.
+        if gap < 0:
+            low, high = (at, gap), None if high is None else (high[0], high[1] / 2)
+        else:
+            low, high = None if low is None else (low[0], low[1] / 2), (at, gap)
+        if low is None or high is None:
+            # Small pushes act by their square; far extrapolation meets another regime.
+            at *= min(3.0, max(1 / 3, math.exp(-gap / 2)))
+        else:
+            at = (low[0] * high[1] - high[0] * low[1]) / (high[1] - low[1])
+    assert best is not None
+    return replace(best, steps=most)
 
 
 @torch.no_grad()
