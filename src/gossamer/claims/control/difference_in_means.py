@@ -6,6 +6,7 @@ import torch
 
 from gossamer.claims.base import Claim, Figures, Verdict, mean
 from gossamer.claims.control.beds import FEELING_NAMES, feelings, moods, net
+from gossamer.claims.features.beds import one_thread
 from gossamer.methods.control.base import Affine, Edit, Intervention
 from gossamer.methods.control.difference_in_means import DifferenceInMeans
 from gossamer.models import templates
@@ -13,6 +14,7 @@ from gossamer.models import templates
 __all__ = ["CLAIMS"]
 
 
+@one_thread()
 def _run(seed: int) -> Figures:
     data, neutral = feelings(6, seed), templates.batch("feelings", 64, 700 + seed).corrupted
     sums = {"plain": 0.0, "shown": 0.0, "random": 0.0}

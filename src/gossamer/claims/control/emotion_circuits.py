@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from gossamer.claims.base import Claim, Figures, Verdict, mean
 from gossamer.claims.control.beds import FEELING_NAMES, feelings, moods, net
+from gossamer.claims.features.beds import one_thread
 from gossamer.methods.control.base import Intervention
 from gossamer.methods.control.emotion_circuits import Circuit, EmotionCircuits, find_circuit
 from gossamer.models import templates
@@ -30,6 +31,7 @@ def _elicited(circuit: Circuit, feeling: int, seed: int) -> float:
         return before - float(moods(ids)[0][:, feeling].mean())
 
 
+@one_thread()
 def _run(seed: int) -> Figures:
     data = feelings(_GROUPS, seed)
     sums: dict[str, float] = {}

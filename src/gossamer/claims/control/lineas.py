@@ -8,6 +8,7 @@ import torch
 
 from gossamer.claims.base import Claim, Figures, Tier, Verdict, mean
 from gossamer.claims.control.beds import Continued, net, topics
+from gossamer.claims.features.beds import one_thread
 from gossamer.methods.control.base import Affine, Edit, Intervention
 from gossamer.methods.control.lineas import LinEAS, transport
 from gossamer.methods.features.editing import gathered
@@ -44,6 +45,7 @@ def _moved(its: Intervention, seed: int) -> Intervention:
     return replace(its, edits=tuple(edits))
 
 
+@one_thread()
 def _steered(tier: Tier, lasso: float, seed: int) -> Figures:
     source, target = _PAIRS[seed]
     data, bed = topics(source, target, _SIZE[tier][0], seed), _bed(seed)
@@ -59,6 +61,7 @@ def _steered(tier: Tier, lasso: float, seed: int) -> Figures:
     }
 
 
+@one_thread()
 def _local(seed: int) -> Figures:
     source, target = _PAIRS[seed]
     data, bed = topics(source, target, _SIZE["small"][0], seed), _bed(seed)

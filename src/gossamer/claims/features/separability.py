@@ -20,7 +20,7 @@ from gossamer.models.templates.tasks import TOPICS
 __all__ = ["CLAIMS"]
 
 _HOOK, _LAST = "model.layers.1", "model.layers.3"
-_TEXTS, _TESTS, _TOP = 200, 200, 40
+_TEXTS, _TESTS, _TOP = 200, 150, 40
 _NAMES = tuple(TOPICS)
 
 
@@ -38,14 +38,13 @@ def _labelled(count: int, seed: int) -> Labelled:
 
 def _method(seed: int) -> Separability:
     return Separability(
-        target=_NAMES[seed % 4], hook=_HOOK, k=8, width=256, tokens=100 * 1024, top=_TOP, seed=seed
+        target=_NAMES[seed % 4], hook=_HOOK, k=8, width=256, tokens=60 * 1024, top=_TOP, seed=seed
     )
 
 
 @cache
 def _dictionary(seed: int) -> Dictionary:
-    with one_thread():
-        return _method(seed).dictionary(_net(), _labelled(_TEXTS, seed))
+    return _method(seed).dictionary(_net(), _labelled(_TEXTS, seed))
 
 
 def _probe(data: Labelled) -> Tensor:
@@ -75,6 +74,7 @@ class _Marked:
         return right, float(loss.exp())
 
 
+@one_thread()
 def _suppress(seed: int) -> Figures:
     data, made, marked = _labelled(_TEXTS, seed), _dictionary(seed), _Marked(seed)
     clean, plain = marked()
@@ -104,6 +104,7 @@ def _check_suppress(runs: Sequence[Figures]) -> Verdict:
     return Verdict.HOLDS if share >= 0.8 and cost <= 0.6 else Verdict.WEAKER
 
 
+@one_thread()
 def _separate(seed: int) -> Figures:
     data, made = _labelled(_TEXTS, seed), _dictionary(seed)
     rows, labels = labelled_rows(_net(), data.tokens, data.codes("label"), _HOOK)

@@ -72,6 +72,7 @@ def _learned(rows: Tensor, seed: int) -> Dictionary:
     return train(batches(), width=_WIDTH, rule=method.rule(), recipe=recipe).eval()
 
 
+@one_thread()
 def _run(seed: int) -> Figures:
     fit, test = templates.batch("names", _TRAIN, seed), templates.batch("names", _TESTS, 500 + seed)
     rows, clean = _rows(fit.ids), _rows(test.ids)
@@ -89,8 +90,7 @@ def _run(seed: int) -> Figures:
     def agreement(change: Tensor) -> float:
         return float((_patched(test.ids, clean + change).argmax(1) == wanted).float().mean())
 
-    with one_thread():
-        learned = _learned(rows, seed)
+    learned = _learned(rows, seed)
     chance = Dictionary.random(rows.shape[1], _WIDTH, learned.rule, seed=seed + 1)
     edit: Callable[[Dictionary], Tensor] = lambda made: sparse_edit(made, clean, other, _Q)  # noqa: E731
     plain, mean_only = difference(clean), difference(rows.mean(0).expand_as(clean))

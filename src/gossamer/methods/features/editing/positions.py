@@ -5,6 +5,7 @@ in the whole text, so that both ways of running it change the same tokens.
 Shapes: B = windows of a batch, T = tokens of a pass.
 """
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
@@ -14,6 +15,9 @@ from torch import Tensor, nn
 from gossamer.core import GossamerError
 
 __all__ = ["Places", "parse_positions"]
+
+
+_LISTENERS = "_gossamer_prompt_listeners"
 
 
 def parse_positions(text: str) -> str | tuple[int, ...]:
@@ -45,7 +49,7 @@ class Places:
 
     def __init__(self, model: nn.Module, positions: str, stack: ExitStack) -> None:
         self._where = parse_positions(positions)
-        self._start: int | None = None
+        self.start: int | None = None
         self._tokens, self._past = 0, 0
         self._mask: Tensor | None = None
         if self._where == "all":
@@ -53,30 +57,22 @@ class Places:
         handle = model.register_forward_pre_hook(self._watch, with_kwargs=True)
         stack.callback(handle.remove)
         if self._where == "last" and hasattr(model, "generate"):
-            self._wrap(model, stack)
+            self._listen(model, stack)
 
-    def _wrap(self, model: Any, stack: ExitStack) -> None:
-        own = vars(model).get("generate")
-        inner = model.generate
+    def _listen(self, model: nn.Module, stack: ExitStack) -> None:
+        """Learn of the prompt of every ``generate``; one wrapper serves all who listen."""
+        if _LISTENERS not in vars(model):
+            object.__setattr__(model, _LISTENERS, [])
+            object.__setattr__(model, "generate", _announcing(model))
+        listeners: list[Places] = vars(model)[_LISTENERS]
+        listeners.append(self)
 
-        def generate(*args: Any, **kwargs: Any) -> Any:
-            given = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs"))
-            embedded = kwargs.get("inputs_embeds") if given is None else None
-            prompt = given if embedded is None else embedded
-            self._start = 0 if prompt is None else prompt.shape[1] - 1
-            try:
-                return inner(*args, **kwargs)
-            finally:
-                self._start = None
+        def leave() -> None:
+            listeners.remove(self)
+            if not listeners:
+                del vars(model)[_LISTENERS], vars(model)["generate"]
 
-        def undo() -> None:
-            if own is None:
-                vars(model).pop("generate", None)
-            else:
-                model.generate = own
-
-        model.generate = generate
-        stack.callback(undo)
+        stack.callback(leave)
 
     def _watch(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         first = args[0] if args else kwargs.get("input_ids")
@@ -108,8 +104,8 @@ class Places:
         column = (self._past + torch.arange(shape[1], device=device)).expand(shape)
         mask = self._mask
         if self._where == "last":
-            if self._start is not None:
-                return column >= self._start
+            if self.start is not None:
+                return column >= self.start
             if mask is None:
                 return column == column[:, -1:]
             ends = mask.to(device) * torch.arange(1, mask.shape[1] + 1, device=device)
@@ -120,3 +116,22 @@ class Places:
 
     def _real(self, shape: torch.Size) -> Tensor | bool:
         return True if self._mask is None else self._mask[:, -shape[1] :]
+
+
+def _announcing(model: Any) -> Callable[..., Any]:
+    """The model's ``generate``, telling who listens where the prompt ends."""
+    inner = model.generate
+
+    def generate(*args: Any, **kwargs: Any) -> Any:
+        first = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs"))
+        prompt = kwargs.get("inputs_embeds") if first is None else first
+        listeners: list[Places] = vars(model)[_LISTENERS]
+        for places in listeners:
+            places.start = 0 if prompt is None else prompt.shape[1] - 1
+        try:
+            return inner(*args, **kwargs)
+        finally:
+            for places in listeners:
+                places.start = None
+
+    return generate
