@@ -63,7 +63,8 @@ def _between(model: nn.Module, path: str, after: str, batch: Mapping[str, Any]) 
         return with_hidden(output, leaf[-1])
 
     def stop(module: nn.Module, args: Any, output: Any) -> None:
-        out.append(hidden_of(output, after))
+        if leaf:
+            out.append(hidden_of(output, after))
 
     modes = [(module, module.training) for module in model.modules()]
     with ExitStack() as stack:
