@@ -209,7 +209,9 @@ def _book(
     name = model or opened.model
     if not name:
         raise GossamerError(f"{sae} does not say which model it is of; name it with --model")
-    loaded = load_model(name, dtype=dtype, device=device)
+    loaded = load_model(name, dtype=dtype, device=device, kind="any")
+    if loaded.tokenizer is None:
+        raise GossamerError(f"{name} holds no tokenizer, so no token can be shown; add its files")
     paths = seen.modules_read(loaded.model, opened.dictionary, hook)
     tokens = as_tokens(
         data,
