@@ -45,8 +45,8 @@ def _files() -> dict[str, str]:
 def _class_name(path: Path) -> str | None:
     """Name of the public class a file's name announces; None for a helper module."""
     flat = path.stem.replace("_", "")
-    # A protocol such as ``class Executor(ABC)`` in executor.py is no method.
-    bases = r"^class (\w+)\((?!ABC\b)"
+    # A protocol such as ``class Executor(ABC)`` in executor.py is no method, nor is an iterator.
+    bases = r"^class (\w+)\((?!(?:ABC|Iterator|Protocol)\b)"
     names = re.findall(bases, path.read_text(encoding="utf-8"), re.MULTILINE)
     return next((name for name in names if name.lower() == flat), None)
 
