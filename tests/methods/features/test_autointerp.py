@@ -108,7 +108,10 @@ NAMES = ("detection", "fuzzing", "embedding", "surprisal")
 FINE = {
     **{f"{name}_{kind}": 1.0 for name in NAMES for kind in ("true", "own")},
     **{f"{name}_other": 0.5 for name in NAMES},
-    **{"calls": 1.0, "hits": 1.0, "written": 2.0, "written_random": 0.0},
+    "calls": 1.0,
+    "hits": 1.0,
+    "written": 2.0,
+    "written_random": 0.0,
 }
 
 

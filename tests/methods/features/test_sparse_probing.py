@@ -103,7 +103,10 @@ def test_impossible_fields_are_refused(field, value, word):
 
 REGIMES = ("scarcity", "imbalance", "noise", "shift")
 FINE = {
-    **{"planted": 0.1, "leak": 0.05, "coin": 0.5, "coin_latents": 0.5},
+    "planted": 0.1,
+    "leak": 0.05,
+    "coin": 0.5,
+    "coin_latents": 0.5,
     **{f"gain_{r}": 0.002 for r in REGIMES},
     **{f"latents_{r}": 0.8 for r in REGIMES},
 }

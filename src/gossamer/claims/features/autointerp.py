@@ -20,6 +20,7 @@ from gossamer.methods.features.interp.scores import (
 )
 from gossamer.methods.features.interp.windows import Firings, samples_of
 from gossamer.models import templates
+from gossamer.models.templates.tasks import TOPICS
 
 __all__ = ["CLAIMS"]
 
@@ -99,11 +100,11 @@ def _pushes(seed: int) -> Figures:
     some = torch.randperm(made.d_sae, generator=generator)[:12]
     with one_thread():
         pushes = [find_strength(model, ids, "model.layers.1", made.W_dec[i]) for i in some]
-        figures = {
+        figures: dict[str, float] = {
             "hits": sum(p.hit and abs(p.kl - 0.5) <= 0.05 for p in pushes) / len(pushes),
             "steps": sum(p.steps for p in pushes) / len(pushes),
         }
-        return figures | _written(model, ids, generator)
+        return {**figures, **_written(model, ids, generator)}
 
 
 def _written(model: torch.nn.Module, ids: Tensor, generator: torch.Generator) -> Figures:
@@ -111,7 +112,7 @@ def _written(model: torch.nn.Module, ids: Tensor, generator: torch.Generator) ->
     judge, hook = WordJudge(), "model.layers.3"
     words = templates.words()
     right, random = [], []
-    for group in templates.tasks.TOPICS.values():
+    for group in TOPICS.values():
         told = ", ".join(group)
         rows = model.get_parameter("lm_head.weight")[templates.encode(" ".join(group))]
         towards = torch.nn.functional.normalize(rows.detach().mean(0), dim=0)

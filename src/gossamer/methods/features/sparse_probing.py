@@ -118,6 +118,7 @@ class SparseProbing(CountedMethod):
         "latents": (4,),
         "penalty": "l2",
         "baselines": ("pca",),
+        "regimes": ("scarcity",),
         "points": 1,
     }
 

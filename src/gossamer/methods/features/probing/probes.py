@@ -263,7 +263,7 @@ def top_latents(codes: csr_array, labels: Tensor, count: int) -> Tensor:
     """
     mark = labels.numpy()
     apart = codes[mark].mean(0) - codes[~mark].mean(0)
-    fired = (codes != 0).sum(0)
+    fired = codes.astype(bool).sum(0)
     loud = abs(codes).sum(0) / fired.clip(1)
     score = torch.from_numpy(abs(apart) / (loud + (fired == 0)))
     return score.argsort(descending=True, stable=True)[:count]

@@ -113,7 +113,8 @@ def one_against_rest(
             labels[~tested] == one,
             parts[1],
             labels[tested & ~away] == one,
-            *((parts[2], labels[away] == one) if bool(away.any()) else ()),
+            parts[2] if bool(away.any()) else None,
+            labels[away] == one if bool(away.any()) else None,
         )
         for title, one in zip(titles, wanted, strict=True)
     )
