@@ -23,6 +23,7 @@ from gossamer.methods.features.training import train
 __all__ = ["CLAIMS"]
 
 
+@torch.no_grad()
 def _fvu(x: Tensor, x_hat: Tensor) -> float:
     return float((x - x_hat).square().sum() / (x - x.mean(0)).square().sum())
 
