@@ -2,16 +2,31 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gossamer.core import GossamerError
 from gossamer.methods.attention.executor import Call
-from gossamer.methods.attention.executors import choose, execute, run
-from gossamer.methods.attention.index import BlockIndex, WindowIndex
+from gossamer.methods.attention.executors import basic, choose, execute, run
+from gossamer.methods.attention.index import BlockIndex, FullIndex, WindowIndex
 from gossamer.methods.attention.layout import Layout
 from gossamer.methods.attention.window import window_attention, window_cost
 from tests.methods.attention.naive import naive_attention, window_keys
 
 EXECUTORS = ("reference", "masked", "window")
+
+
+class Largest(TorchDispatchMode):
+    """Notes the elements of the largest tensor that any operation made."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for made in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(made, torch.Tensor):
+                held = made.untyped_storage().nbytes() // made.element_size()
+                self.elements = max(self.elements, held)
+        return out
 
 
 def make(batch, queries, keys, *, heads=4, shared=2, width=8, seed=0, dtype=torch.float32, **rest):
@@ -194,3 +209,25 @@ class TestChoice:
         call = make(1, 4, 4, heads=3)
         with pytest.raises(GossamerError, match="divide"):
             execute(call, WindowIndex(Layout(1, 4, 4), 1, 2), "reference")
+
+
+@pytest.mark.parametrize("backend", ["masked", "reference", "dense"])
+@pytest.mark.parametrize("left", [0, 5])
+def test_no_executor_holds_a_square_map(backend, left, monkeypatch):
+    """Neither a mask nor scores of every query and key, by heads or not."""
+    tokens = 1536
+    monkeypatch.setattr(basic, "MEMO", tokens * tokens // 2)
+    padding = torch.ones(1, tokens, dtype=torch.bool)
+    padding[0, :left] = False
+    # A window of the model's own keeps fused causal attention from doing it all.
+    layout = Layout(
+        *(1, tokens, tokens),
+        rule=lambda row, head, at, of: (of <= at) & (at - of < 64),
+        padding=padding if left else None,
+        causal=False,
+    )
+    index = FullIndex(layout) if backend == "dense" else WindowIndex(layout, 2, 8)
+    largest = Largest()
+    with torch.no_grad(), largest:
+        run(backend, make(1, tokens, tokens, width=2), index)
+    assert 0 < largest.elements < tokens * tokens // 2

@@ -89,6 +89,26 @@ def test_flex_reads_the_listed_pairs(queries, past, block, left, softcap):
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_runs_lists_that_all_rows_share():
+    call, layout = make(3, 20, 20), Layout(3, 20, 20)
+    one = draw(Layout(1, 20, 20), (4, 4), 1, 1)
+    index = BlockIndex(layout, one.block, one.indptr, one.indices)
+    found, expected = run("flex", call, index), run("reference", call, index)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_flex_refuses_gradients_on_a_cpu():
+    call = make(1, 20, 20)
+    index = draw(Layout(1, 20, 20), (4, 4), 2, 1)
+    assert choose(index, "flex", call) == "flex"
+    call.query.requires_grad_()
+    with pytest.raises(GossamerError, match="no backward pass on a CPU"):
+        choose(index, "flex", call)
+    with torch.no_grad():
+        assert choose(index, "flex", call) == "flex"
+
+
 def _index(layout: Layout, block=(64, 64)) -> BlockIndex:
     return draw(layout, block, 2, 0)
 

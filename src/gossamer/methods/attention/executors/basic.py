@@ -13,10 +13,18 @@ from gossamer.methods.attention.layout import MEMO
 __all__ = ["Dense", "Masked", "Reference"]
 
 
-def _in_parts(index: KeyIndex, size: int, run: Callable[[slice, Tensor], Tensor]) -> Tensor:
-    """Run over slices of the queries that hold at most ``size`` elements of a mask."""
+_ROWS = 128
+"""Queries run at once however many keys they have: shorter parts would leave a GPU idle."""
+
+
+def _in_parts(index: KeyIndex, call: Call, run: Callable[[slice, Tensor], Tensor]) -> Tensor:
+    """Run over slices of the queries whose scores and masks stay small.
+
+    Fused attention is given the mask head by head and turns it into numbers of up to 4 bytes.
+    """
     queries, keys = index.layout.queries, index.layout.keys
-    step = max(1, size // max(1, keys))
+    rows = call.query.shape[0] * call.query.shape[1]
+    step = max(_ROWS, MEMO // 4 // max(1, keys * rows))
     if step >= queries:
         return run(slice(0, queries), index.mask())
     parts = [slice(at, min(at + step, queries)) for at in range(0, queries, step)]
@@ -43,8 +51,7 @@ class Reference(Executor):
         def part(rows: slice, mask: Tensor) -> Tensor:
             return explicit_attend(call, query[:, :, :, rows], call.key, call.value, mask)
 
-        heads = query.shape[0] * query.shape[1] * query.shape[2]
-        return _in_parts(index, MEMO // heads, part).flatten(1, 2)
+        return _in_parts(index, call, part).flatten(1, 2)
 
 
 class Masked(Executor):
@@ -65,7 +72,7 @@ class Masked(Executor):
         def part(rows: slice, mask: Tensor) -> Tensor:
             return attend(call, query[:, :, :, rows], call.key, call.value, mask)
 
-        return _in_parts(index, MEMO, part).flatten(1, 2)
+        return _in_parts(index, call, part).flatten(1, 2)
 
 
 class Dense(Executor):
@@ -88,7 +95,7 @@ class Dense(Executor):
             def part(rows: slice, mask: Tensor) -> Tensor:
                 return attend(call, query[:, :, :, rows], call.key, call.value, mask)
 
-            return _in_parts(FullIndex(layout), MEMO, part).flatten(1, 2)
+            return _in_parts(FullIndex(layout), call, part).flatten(1, 2)
         return functional.scaled_dot_product_attention(
             call.query,
             call.key[:, :, : layout.end],

@@ -43,6 +43,9 @@ class Flex(Executor):
             return None
         if call.dropout or call.sink_logits is not None:
             return "FlexAttention knows neither dropout nor learned sinks"
+        wanted = any(x.requires_grad for x in (call.query, call.key, call.value))
+        if wanted and torch.is_grad_enabled() and not call.query.is_cuda:
+            return "FlexAttention has no backward pass on a CPU"
         if index.indices.is_cuda and (index.block[0] % 128 or index.block[1] % 128):
             high, wide = index.block
             return f"blocks are {high} x {wide}; compiled, it takes multiples of 128"
@@ -76,7 +79,8 @@ def _block_mask(index: BlockIndex, groups: tuple[int, int]) -> BlockMask:
     kept = index.blocks()
     heads = groups[0] * groups[1]
     kept = kept.repeat_interleave(heads // kept.shape[1], 1)
-    batch = max(len(kept), 1 if layout.padding is None else len(layout.padding))
+    # The rule below is asked for every row of the call, also where all rows agree.
+    batch = max(len(kept), layout.batch)
     kept = kept.expand(batch, -1, -1, -1).contiguous()
     base = layout.query_offset - layout.key_offset
     padding = layout.padding
