@@ -72,6 +72,12 @@ def test_bad_input_is_one_line(capsys, words, message):
     assert message in line
 
 
+def test_lengths_over_the_models_limit_are_refused_before_prompts_are_made(capsys):
+    assert main(["recommend", "nano", "--length", "100000", "--methods", "quest"]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "length 100000 is over the model's limit of 2048 tokens" in line
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [

@@ -10,7 +10,7 @@ from gossamer.evaluate.environment import environment
 from gossamer.evaluate.long_context import TASKS, Sample, suite
 from gossamer.evaluate.long_context.prompts import Kind, read_prompts
 from gossamer.evaluate.verdict import check_margin, samples_needed
-from gossamer.models import Loaded
+from gossamer.models import Loaded, context_length
 from gossamer.recipes import frontier
 from gossamer.recipes.recipe import load
 
@@ -90,6 +90,11 @@ def recommend(
         frontier.at_amount(name, rungs[0], length)
     wanted = tuple(w.strip() for w in tasks.split(",") if w.strip()) or tuple(TASKS)
     loaded = load(model, dtype=dtype, device=device, allow_pickle=allow_pickle)
+    limit = context_length(loaded.model)
+    if limit is not None and length > limit:
+        raise GossamerError(
+            f"length {length} is over the model's limit of {limit} tokens; give at most {limit}"
+        )
     tests = len(names) * (len(wanted) if prompts == "builtin" else 1)
     needed = samples_needed(margin, tests=tests)
     kind, groups = _prompts(loaded, prompts, wanted, length, samples, min(needed, 512), seed)
