@@ -314,7 +314,7 @@ class TestObject:
         with both.on(model):
             assert torch.equal(logits(model), wanted)
         with pytest.raises(GossamerError, match="one by one"):
-            push() + push(strength=2.0)
+            _ = push() + push(strength=2.0)
 
     @pytest.mark.parametrize("bad", [float("nan"), float("inf"), "much"])
     def test_impossible_strength(self, bad):
