@@ -84,6 +84,8 @@ class SparseTraining(Method):
 
     patterns: ClassVar[tuple[str, ...]] = ("layer", "row", "N:M", "block")
     """Kinds of patterns the method allows."""
+    keeper: ClassVar[type[Sparsifier]] = Sparsifier
+    """What keeps a model sparse while it trains."""
 
     sparsity: float | None = None
     pattern: Pattern = Unstructured(per="layer")
@@ -207,7 +209,7 @@ class SparseTraining(Method):
             If a layer cannot take the pattern, or the optimizer does not fit the model.
         """
         before = copy_of(plain_module(model)) if undo else None
-        return Sparsifier(
+        return self.keeper(
             self, model, optimizer, before=before, masters=masters, state=state, loss=loss
         )
 
@@ -239,7 +241,7 @@ class SparseTraining(Method):
         def watch(optimizer: Any) -> Any:
             kept = before if undo else None
             loss = self.first_loss(samples)
-            made.append(Sparsifier(self, model, optimizer, before=kept, loss=loss))
+            made.append(self.keeper(self, model, optimizer, before=kept, loss=loss))
             return made[0].step
 
         try:

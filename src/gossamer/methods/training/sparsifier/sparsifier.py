@@ -5,7 +5,7 @@ optimizer state to zero, and at the updates its method names it changes the mask
 """
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +42,8 @@ class Sparsifier:
     method : with all parameters. model : the bare model. updates : done so far.
     layers : what is kept sparse. flops : operations of the training so far.
     """
+
+    result: ClassVar[type[SparselyTrained]] = SparselyTrained
 
     def __init__(
         self,
@@ -80,10 +82,7 @@ class Sparsifier:
         if method.remembers_removed:
             self._removed = {path: torch.zeros_like(one.master) for path, one in self.held.items()}
         if state is None:
-            scores = method.start_scores(self.model, self.layers, loss)
-            masks, self.quotas = first_masks(method, self.layers, self.quotas, self.held, scores)
-            self._note_floors()
-            self._set(masks)
+            self._begin(loss)
         else:
             self.load_state_dict(state)
         self._change = method.change(self.updates + 1)
@@ -113,6 +112,12 @@ class Sparsifier:
                 )
             held[layer.parameter] = Held(layer.parameter, weight, master)
         return held
+
+    def _begin(self, loss: StartLoss | None) -> None:
+        scores = self.method.start_scores(self.model, self.layers, loss)
+        masks, self.quotas = first_masks(self.method, self.layers, self.quotas, self.held, scores)
+        self._note_floors()
+        self._set(masks)
 
     def _watch(self) -> None:
         """Hooks on gradients and on the optimizer's step; undone by :meth:`remove`."""
@@ -332,9 +337,7 @@ class Sparsifier:
         check_optimizer(self.optimizer, self.held)
         for path, one in self.held.items():
             one.mask.copy_(unpack_bits(state["masks"][path], tuple(one.mask.shape)))
-            one.enforce(self.optimizer)
-            if path in self._removed:
-                self._removed[path].copy_(state["removed"][path])
+        self._take(state["removed"])
         self.updates = int(state["updates"])
         self.flops.load(state["flops"])
         self.quotas = self.method.quotas(self.layers, self.method.sparsity_at(self.updates))
@@ -342,6 +345,15 @@ class Sparsifier:
         self._change = self.method.change(self.updates + 1)
         self._signal.clear()
         self._stepped = False
+
+    def _take(self, removed: Mapping[str, Tensor]) -> None:
+        for path, one in self.held.items():
+            one.enforce(self.optimizer)
+            if path in self._removed:
+                self._removed[path].copy_(removed[path])
+
+    def _remarks(self) -> tuple[str, ...]:
+        return ()
 
     def remove(self) -> None:
         """Take all hooks off; the weights stay as they are."""
@@ -373,8 +385,9 @@ class Sparsifier:
             f"{self.flops.updates} updates ({self.flops.dense_gradients} with all gradients)",
             "memory beside model and optimizer: "
             + ", ".join(f"{name} {size:,} bytes" for name, size in memory.items() if size),
+            *self._remarks(),
         )
-        return SparselyTrained(
+        return self.result(
             self.method,
             self.model,
             self.layers,

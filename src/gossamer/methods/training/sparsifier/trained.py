@@ -133,6 +133,7 @@ def reattached(
     model: nn.Module,
     meta: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
+    kind: type[SparselyTrained] = SparselyTrained,
 ) -> SparselyTrained:
     """Take up the stored masks of a loaded model, whose weights hold the zeros.
 
@@ -152,7 +153,7 @@ def reattached(
                 f"{name} is not zero where its saved mask removes weights; "
                 "the weights were changed after saving: save the model again"
             )
-    return SparselyTrained(
+    return kind(
         method,
         model,
         tuple(known[name] for name in meta["layers"]),

@@ -1,0 +1,1 @@
+"""Training with dense weights behind an N:M mask."""

@@ -1,0 +1,66 @@
+"""Self-distillation: the dense model a training began with teaches the sparse one.
+
+The loss that the model computes itself is mixed with its divergence from the teacher, by a hook on
+its forward pass, so that any loop, transformers' Trainer included, trains on both.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import kl_div
+
+from gossamer.core import GossamerError
+
+__all__ = ["divergence", "mixing"]
+
+_LABELS = ("labels", "num_items_in_batch")
+
+
+def divergence(
+    logits: Tensor, teacher: Tensor, temperature: float = 1.0, where: Tensor | None = None
+) -> Tensor:
+    """T² KL(teacher ‖ student), the mean over positions, in nats.
+
+    Parameters
+    ----------
+    logits, teacher : (..., classes). temperature : T; both sets of logits are divided by it.
+    where : positions that count, the leading sides of the logits; all by default.
+    """
+    ours = (logits.float() / temperature).log_softmax(-1)
+    theirs = (teacher.float() / temperature).log_softmax(-1)
+    found = kl_div(ours, theirs, reduction="none", log_target=True).sum(-1)
+    if where is None:
+        return temperature**2 * found.mean()
+    wanted = where.to(found)
+    return temperature**2 * (found * wanted).sum() / wanted.sum().clamp(min=1.0)
+
+
+def mixing(teacher: nn.Module, share: float, temperature: float) -> Callable[..., Any]:
+    """A forward hook: loss becomes (1 - share) · loss + share · T² KL.
+
+    Passes without a loss that wants gradients (evaluation, generation) stay as they are.
+    """
+
+    def hook(module: nn.Module, args: Any, given: dict[str, Any], output: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return None
+        loss = getattr(output, "loss", None)
+        if loss is None:
+            if not module.training:
+                return None
+            raise GossamerError(
+                f"{type(module).__name__} returns no loss to mix distillation with; "
+                "train a model that computes its loss, or set distill=0"
+            )
+        with torch.no_grad():
+            theirs = teacher(*args, **{k: v for k, v in given.items() if k not in _LABELS}).logits
+        where = given.get("attention_mask")
+        if where is None or where.shape != output.logits.shape[:-1]:
+            where = None
+        far = divergence(output.logits, theirs, temperature, where)
+        output.loss = (1.0 - share) * loss + share * far
+        return output
+
+    return hook
