@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from gossamer.core import GossamerError
 from gossamer.methods.features.distributed import DataParallel, LatentSharded
 from gossamer.methods.features.objective import Terms, objective
-from gossamer.methods.features.rules import Codes, TopK
+from gossamer.methods.features.rules import BatchTopK, Codes, FeatureChoice, TopK
 from gossamer.methods.features.toy import Superposition
 from gossamer.methods.features.training import Recipe, Trainer
 
@@ -23,17 +23,18 @@ def batches():
     return list(islice(BED.batches(2 * ROWS), STEPS + 1))
 
 
-def trainer(sample, parallel=None, seed=0):
+def trainer(sample, parallel=None, seed=0, rule=None):
     # Latents die after one batch, so that the auxiliary loss takes part.
     recipe = Recipe(steps=STEPS, batch_size=2 * ROWS, lr=1e-2, dead_after=2 * ROWS, seed=seed)
-    return Trainer(sample, width=WIDTH, rule=TopK(3), recipe=recipe, parallel=parallel)
+    rule = TopK(3) if rule is None else rule
+    return Trainer(sample, width=WIDTH, rule=rule, recipe=recipe, parallel=parallel)
 
 
-def run(parallel, rows, seed=0):
-    work = trainer(rows[0], parallel, seed)
+def run(parallel, rows, seed=0, rule=None):
+    work = trainer(rows[0], parallel, seed, rule)
     for batch in rows[1:]:
         work.step(batch)
-    assert len(work.dead())
+    assert len(work.dead()) or rule is not None
     return work.finish()
 
 
@@ -48,10 +49,16 @@ def one_of_two(rank, folder):
     found = {
         "data": run(DataParallel(), own, seed=rank),
         "latents": run(LatentSharded(), everything),
+        "running": run(DataParallel(), own, seed=rank, rule=FeatureChoice(3, WIDTH)),
     }
     for name, made in found.items():
         tensors = {n: t.contiguous() for n, t in made.state_dict().items()}
         save_file(tensors, f"{folder}/{name}-{rank}.safetensors")
+    rule = BatchTopK(3)
+    rule.running_threshold.fill_(2.0 + rank)
+    rule.running_steps.fill_(7)
+    DataParallel().track(rule)
+    assert (rule.running_threshold.item(), rule.running_steps.item()) == (2.5, 7)
     with pytest.raises(GossamerError, match="equal shares"):
         recipe = Recipe(steps=1, batch_size=4)
         Trainer(everything[0], width=33, rule=TopK(3), recipe=recipe, parallel=LatentSharded())
@@ -81,6 +88,9 @@ class Halves:
     def reduce(self, parameters):
         pass
 
+    def track(self, rule):
+        pass
+
     def total(self, squares):
         return torch.stack(list(squares.values())).sum()
 
@@ -89,26 +99,21 @@ class Halves:
 def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pair")
     root = str(Path(__file__).parents[3])
+    # One fresh interpreter splits in two: the imports, which take longest, happen once.
     code = (
-        "import sys; sys.path.insert(0, {root!r}); "
-        "from tests.methods.features.test_distributed import one_of_two; "
-        "one_of_two({rank}, {folder!r})"
+        f"import os, sys; sys.path.insert(0, {root!r})\n"
+        "from tests.methods.features.test_distributed import one_of_two\n"
+        "child = os.fork()\n"
+        f"one_of_two(0 if child else 1, {str(folder)!r})\n"
+        "sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) if child else 0)\n"
     )
-    children = [
-        subprocess.Popen(
-            [sys.executable, "-c", code.format(root=root, rank=rank, folder=str(folder))],
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    for child in children:
-        _, errors = child.communicate(timeout=240)
-        assert child.returncode == 0, errors
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
     return folder
 
 
-@pytest.mark.parametrize("name", ["data", "latents"])
+@pytest.mark.parametrize("name", ["data", "latents", "running"])
 def test_processes_end_with_the_same_dictionary(trained, name):
     first, second = (load_file(trained / f"{name}-{rank}.safetensors") for rank in range(2))
     assert all(torch.equal(first[n], second[n]) for n in first)

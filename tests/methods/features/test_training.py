@@ -180,8 +180,8 @@ def test_sites_of_a_crosscoder_weigh_alike_whatever_their_units():
 
 
 def test_half_precision_computes_and_float32_is_kept():
-    half = fit(steps=150, compute=torch.bfloat16)
-    plain = fit(steps=150)
+    half = fit(steps=60, compute=torch.bfloat16)
+    plain = fit(steps=60)
     assert {tensor.dtype for tensor in half.state_dict().values()} == {torch.float32}
     rows = [next(BED.batches(1024, seed=7))]
     assert score_rows(half, rows).fvu < 1.1 * score_rows(plain, rows).fvu + 0.01

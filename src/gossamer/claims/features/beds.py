@@ -36,8 +36,8 @@ BEDS: dict[Tier, Superposition] = {
     "smoke": Superposition(d_in=24, atoms=48, active=3.0),
     "small": Superposition(d_in=32, atoms=96, active=5.0),
 }
-_STEPS: dict[Tier, tuple[int, int]] = {"smoke": (300, 256), "small": (3500, 512)}
-_RATES: dict[Tier, float] = {"smoke": 5e-3, "small": 2e-3}
+_STEPS: dict[Tier, tuple[int, int]] = {"smoke": (300, 160), "small": (3500, 512)}
+_RATES: dict[Tier, float] = {"smoke": 1e-2, "small": 2e-3}
 
 
 @contextmanager
@@ -63,9 +63,14 @@ def fitted(bed: Superposition | Hierarchy, method: DictionaryMethod, tier: Tier)
 
 
 def trained(
-    bed: Superposition | Hierarchy, method: DictionaryMethod, tier: Tier, rule: Rule | None = None
+    bed: Superposition | Hierarchy,
+    method: DictionaryMethod,
+    tier: Tier,
+    rule: Rule | None = None,
+    *,
+    tied: bool = True,
 ) -> Dictionary:
-    """As :func:`fitted`, with another rule for an ablation, and anew at every call."""
+    """As :func:`fitted`, with another rule or an untied start, and anew at every call."""
     assert method.width is not None
     steps, batch = _STEPS[tier]
     full = replace(method, tokens=steps * batch, lr=method.lr or _RATES[tier])
@@ -74,11 +79,11 @@ def trained(
             bed.batches(batch, seed=method.seed),
             width=method.width,
             rule=full.rule() if rule is None else rule,
-            recipe=full.recipe(steps, batch),
+            recipe=replace(full.recipe(steps, batch), tied=tied),
         )
 
 
-def held_out(bed: Superposition | Hierarchy, rows: int = 16384) -> list[Tensor]:
+def held_out(bed: Superposition | Hierarchy, rows: int = 8192) -> list[Tensor]:
     """Rows of a bed that no dictionary was trained on, in four batches."""
     return list(islice(bed.batches(rows // 4, seed=500), 4))
 

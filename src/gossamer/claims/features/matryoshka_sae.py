@@ -48,6 +48,7 @@ def _absorption(tier: Tier, seed: int) -> Figures:
     bed = Hierarchy(**{**vars(bed), "seed": seed})
     k = ceil(bed.parents * bed.rate * (1 + bed.children * bed.child_rate))
     shared: dict[str, Any] = {"k": k, "width": 8 * ceil(len(bed.true_atoms()) / 8), "seed": seed}
+    shared["lr"] = 5e-3 if tier == "smoke" else None
     nested = fitted(bed, MatryoshkaSAE(fractions=_FRACTIONS, **shared), tier)
     return {
         **_measured("nested", bed, nested),

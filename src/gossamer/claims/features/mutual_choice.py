@@ -1,11 +1,13 @@
 """Mutual and Feature Choice: no latent is left unused, at a price in fidelity."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from gossamer.claims.base import Claim, Figures, Tier, Verdict, mean
-from gossamer.claims.features.beds import BEDS, on_bed, random_figures
+from gossamer.claims.features.beds import BEDS, figures_of, fitted, on_bed, random_figures
+from gossamer.methods.features.base import DictionaryMethod
 from gossamer.methods.features.batch_topk_sae import BatchTopKSAE
 from gossamer.methods.features.mutual_choice import MutualChoice
 from gossamer.methods.features.topk_sae import TopKSAE
@@ -13,14 +15,22 @@ from gossamer.methods.features.topk_sae import TopKSAE
 __all__ = ["CLAIMS"]
 
 
+# Fewer atoms in a row leave more latents without work.
+_BEDS = {"smoke": replace(BEDS["smoke"], active=2.0), "small": BEDS["small"]}
+
+
 def _unused(tier: Tier, seed: int) -> Figures:
-    shared: dict[str, Any] = {"k": round(BEDS[tier].active), "seed": seed, "aux_k": 0}
-    return {
-        **on_bed("feature", MutualChoice(**shared), tier),
-        **on_bed("topk", TopKSAE(**shared), tier),
-        **on_bed("mutual", BatchTopKSAE(**shared), tier),
-        **random_figures(tier, TopKSAE(**shared)),
-    }
+    bed = replace(_BEDS[tier], seed=seed)
+    k, width, lr = round(bed.active), 2 * bed.atoms, 7e-3 if tier == "smoke" else None
+    shared: dict[str, Any] = {"k": k, "width": width, "lr": lr, "seed": seed, "aux_k": 0}
+    methods: dict[str, DictionaryMethod] = {"feature": MutualChoice(**shared)}
+    methods["topk"] = TopKSAE(**shared)
+    if tier != "smoke":
+        methods["mutual"] = BatchTopKSAE(**shared)
+    found = dict(random_figures(tier, methods["topk"]))
+    for name, method in methods.items():
+        found |= figures_of(name, bed, fitted(bed, method, tier))
+    return found
 
 
 def _fewer_dead(runs: Sequence[Figures]) -> Verdict:
@@ -54,6 +64,11 @@ def _check_zipf(runs: Sequence[Figures]) -> Verdict:
     return Verdict.HOLDS if ours <= 0.7 * theirs and theirs > 0 else Verdict.WEAKER
 
 
+_BRIEF = (
+    "dead latents {dead_feature:.1%}, TopK {dead_topk:.1%}; true atoms found (MCC) "
+    "{mcc_feature:.2f}, {mcc_topk:.2f}, random {mcc_random:.2f}; FVU {fvu_feature:.3f}, "
+    "{fvu_topk:.3f} at L0 {l0_feature:.1f}, {l0_topk:.1f}"
+)
 _OURS = (
     "dead latents {dead_feature:.1%}, TopK {dead_topk:.1%}, BatchTopK {dead_mutual:.1%}; true "
     "atoms found (MCC) {mcc_feature:.2f}, {mcc_topk:.2f}, {mcc_mutual:.2f}, random "
@@ -69,11 +84,11 @@ CLAIMS = (
         name="fewer dead latents than TopK, in brief",
         sentence="When every latent chooses its tokens, none is left unused.",
         paper=_PAPER,
-        experiment="rows made of 3 of 48 known atoms in 24 dimensions, 96 latents, 300 steps, no "
+        experiment="rows made of 2 of 48 known atoms in 24 dimensions, 96 latents, 300 steps, no "
         "auxiliary loss; holds when at most 1 % are dead and TopK has at least 15 %",
         run=partial(_unused, "smoke"),
         check=_fewer_dead,
-        ours=_OURS,
+        ours=_BRIEF,
     ),
     Claim(
         name="fewer dead latents than TopK",

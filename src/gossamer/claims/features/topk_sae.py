@@ -1,88 +1,36 @@
 """TopK sparse autoencoders: what the paper says, on rows made from known atoms."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
-from functools import cache, partial
-from itertools import islice
-
-import torch
+from functools import partial
 
 from gossamer.claims.base import Claim, Figures, Tier, Verdict, mean
-from gossamer.methods.features.autoencoder import Dictionary
-from gossamer.methods.features.measure import matched_cosine, score_rows
-from gossamer.methods.features.rules import ReLU, Rule, TopK
+from gossamer.claims.features.beds import (
+    BEDS,
+    figures_of,
+    fitted,
+    on_bed,
+    random_figures,
+    trained,
+)
+from gossamer.methods.features.relu_sae import ReLUSAE
 from gossamer.methods.features.topk_sae import TopKSAE
-from gossamer.methods.features.toy import Superposition
-from gossamer.methods.features.training import Recipe, train
 
 __all__ = ["CLAIMS"]
 
-_BEDS = {
-    "smoke": Superposition(d_in=24, atoms=48, active=3.0),
-    "small": Superposition(d_in=32, atoms=96, active=5.0),
-}
-# Chosen so that the penalised code is as dense as the TopK one, or a little denser.
-_L1 = {"smoke": 4.5, "small": 3.75}
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    # Matrices this small run slower on two threads than on one.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _bed(tier: Tier, seed: int) -> Superposition:
-    return replace(_BEDS[tier], seed=seed)
-
-
-def _recipe(tier: Tier, seed: int) -> Recipe:
-    """The method's own recipe; the smoke bed takes larger and fewer steps."""
-    steps, batch, lr = (3500, 512, None) if tier == "small" else (300, 256, 5e-3)
-    return TopKSAE(lr=lr, seed=seed).recipe(steps, batch)
-
-
-def _fit(bed: Superposition, rule: Rule, recipe: Recipe) -> Dictionary:
-    batches = bed.batches(recipe.batch_size, seed=recipe.seed)
-    return train(batches, width=2 * bed.atoms, rule=rule, recipe=recipe)
-
-
-def _measure(name: str, bed: Superposition, made: Dictionary) -> Figures:
-    score = score_rows(made, islice(bed.batches(4096, seed=500), 4))
-    return {
-        f"fvu_{name}": score.fvu,
-        f"l0_{name}": score.l0,
-        f"dead_{name}": score.dead,
-        f"shrinkage_{name}": score.shrinkage,
-        f"mcc_{name}": matched_cosine(made.W_dec, bed.true_atoms()),
-    }
-
-
-@cache
-def _topk(tier: Tier, seed: int) -> Figures:
-    bed = _bed(tier, seed)
-    rule = TopKSAE(k=round(bed.active)).rule()
-    with _one_thread():
-        return _measure("topk", bed, _fit(bed, rule, _recipe(tier, seed)))
+# Chosen so that the penalised code is about as dense as the TopK one, or a little denser.
+_L1 = 3.75
 
 
 def _against_l1(tier: Tier, seed: int) -> Figures:
-    bed = _bed(tier, seed)
-    width, k = 2 * bed.atoms, round(bed.active)
-    with _one_thread():
-        l1 = _fit(bed, ReLU(_L1[tier]), _recipe(tier, seed))
-        chance = Dictionary.random(bed.d_in, width, TopK(k), seed=seed + 1)
-        return {
-            **_topk(tier, seed),
-            **_measure("l1", bed, l1),
-            **_measure("random", bed, chance),
-            "k": float(k),
-        }
+    k = round(BEDS[tier].active)
+    topk = TopKSAE(k=k, seed=seed)
+    return {
+        **on_bed("topk", topk, tier),
+        **on_bed("l1", ReLUSAE(coefficient=_L1, seed=seed), tier),
+        **random_figures(tier, topk),
+        "k": float(k),
+    }
 
 
 def _check_l1(runs: Sequence[Figures]) -> Verdict:
@@ -96,14 +44,13 @@ def _check_l1(runs: Sequence[Figures]) -> Verdict:
 
 
 def _against_untied(seed: int) -> Figures:
-    bed, recipe = _bed("small", seed), replace(_recipe("small", seed), tied=False)
-    rule = TopK(round(bed.active))
-    with _one_thread():
-        return {
-            **_topk("small", seed),
-            **_measure("aux", bed, _fit(bed, rule, recipe)),
-            **_measure("neither", bed, _fit(bed, rule, replace(recipe, aux_k=0))),
-        }
+    bed = replace(BEDS["small"], seed=seed)
+    topk = TopKSAE(k=round(bed.active), width=2 * bed.atoms, seed=seed)
+    return {
+        **figures_of("topk", bed, fitted(bed, topk, "small")),
+        **figures_of("aux", bed, trained(bed, topk, "small", tied=False)),
+        **figures_of("neither", bed, trained(bed, replace(topk, aux_k=0), "small", tied=False)),
+    }
 
 
 def _check_untied(runs: Sequence[Figures]) -> Verdict:

@@ -19,7 +19,7 @@ from gossamer.core import GossamerError
 from gossamer.kernels.sparse_code import decode, encode_at, top_rows
 from gossamer.methods.features.autoencoder import Dictionary
 from gossamer.methods.features.objective import Terms, objective
-from gossamer.methods.features.rules import Codes, TopK
+from gossamer.methods.features.rules import Codes, Rule, TopK
 
 __all__ = ["DataParallel", "LatentSharded", "Parallel", "agree", "own_file", "share_of"]
 
@@ -49,6 +49,10 @@ class Parallel(Protocol):
 
     def reduce(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """Make the gradients those of the whole batch."""
+        ...
+
+    def track(self, rule: Rule) -> None:
+        """Make what a rule tracks while training that of the whole batch."""
         ...
 
     def total(self, squares: Mapping[str, Tensor]) -> Tensor:
@@ -91,8 +95,10 @@ class DataParallel:
     """The whole dictionary everywhere, each process on rows of its own.
 
     A process normalises the loss by the variance of its own rows, and gradients are averaged:
-    the update is that of micro-batches, not of one batch of all rows. Running figures of a rule
-    are averaged as well.
+    the update is that of micro-batches, not of one batch of all rows. What a rule tracks while
+    training (``running_`` buffers: thresholds, densities) is averaged after every step, counts
+    are the largest, so that the rules of all processes stay one rule. In feature choice a process
+    without a token for a latent counts with that latent's last threshold.
     """
 
     def __init__(self) -> None:
@@ -127,6 +133,16 @@ class DataParallel:
             grad = _memory(parameter.grad)
             dist.all_reduce(grad)
             grad.div_(self.world)
+
+    def track(self, rule: Rule) -> None:
+        for name, figure in rule.named_buffers():
+            if not name.rpartition(".")[2].startswith("running_"):
+                continue
+            if figure.is_floating_point():
+                dist.all_reduce(figure)
+                figure.div_(self.world)
+            else:
+                dist.all_reduce(figure, dist.ReduceOp.MAX)
 
     def total(self, squares: Mapping[str, Tensor]) -> Tensor:
         return torch.stack(list(squares.values())).sum()
@@ -258,6 +274,9 @@ class LatentSharded:
 
     def reduce(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """Shares are each process's own; the bias's gradient is already that of all."""
+
+    def track(self, rule: Rule) -> None:
+        """TopK tracks nothing."""
 
     def total(self, squares: Mapping[str, Tensor]) -> Tensor:
         shared = torch.stack([v for name, v in squares.items() if name != "b_dec"]).sum()

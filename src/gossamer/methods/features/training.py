@@ -277,6 +277,7 @@ class Trainer:
             self.terms(*self.split(rows)).loss.backward()
         if self.parallel is not None:
             self.parallel.reduce(self._adam.parameters)
+            self.parallel.track(self.dictionary.rule)
         self._adam.step(self.recipe.lr * self.recipe.rate(self.done))
         self.done += 1
 

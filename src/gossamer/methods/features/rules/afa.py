@@ -46,7 +46,7 @@ class TopAFA(Rule):
         below = -torch.arange(1, latents + 1, dtype=loud.dtype, device=loud.device)
         ranked = torch.where(loud > 0, loud, below)
         # A full sort is rarely needed: widen until every row has reached its norm.
-        wide = min(_FIRST, latents)
+        wide = latents if latents <= 4 * _FIRST else _FIRST
         while True:
             order = top_rows(ranked, wide)
             sizes, rank = loud.gather(1, order).sort(dim=1, descending=True, stable=True)
