@@ -173,7 +173,7 @@ def _groups(seed: int) -> Figures:
         groups = clusters(found, 4, latents=chosen, seed=seed).groups
         unfiltered = clusters(found, 4, seed=seed).groups
         dense = _dense(model, corpus)
-        plain = KMeans(4, n_init=10, random_state=seed).fit(dense.numpy()).labels_
+        plain = KMeans(4, n_init="auto", random_state=seed).fit(dense.numpy()).labels_
         truth = corpus.kite
         examples = torch.arange(_DOCUMENTS) < 60
         rest = torch.arange(60, _DOCUMENTS)

@@ -232,7 +232,7 @@ def clusters(
         found = SpectralClustering(count, affinity="precomputed", random_state=seed).fit(alike)
     else:
         unit = rows.multiply(1 / np.sqrt(np.maximum(size, 1))[:, None]).tocsr()
-        found = KMeans(count, n_init=10, random_state=seed).fit(unit)
+        found = KMeans(count, n_init="auto", random_state=seed).fit(unit)
     groups = torch.as_tensor(found.labels_).long()
     names = []
     for group in range(count):

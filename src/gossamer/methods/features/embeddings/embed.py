@@ -162,5 +162,5 @@ def token_labels(
         if row.nnz:
             loud = np.argsort(-row.data, kind="stable")[:count]
             kept = [i for i in loud if row.data[i] >= 0.1 * row.data[loud[0]]]
-            labels[latent] = " ".join(words[row.indices[i]] for i in kept)
+            labels[latent] = " ".join(str(words[int(row.indices[i])]) for i in kept)
     return labels

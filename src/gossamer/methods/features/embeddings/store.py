@@ -91,7 +91,9 @@ class Embeddings:
         at = torch.as_tensor(which)
         at = at.nonzero()[:, 0] if at.dtype == torch.bool else at.long()
         picked = self.matrix()[at.numpy()]
-        return replace(self, codes=_rows(picked), names=tuple(self.names[i] for i in at.tolist()))
+        return replace(
+            self, codes=_rows(picked, self.latents), names=tuple(self.names[i] for i in at.tolist())
+        )
 
     # -- files -----------------------------------------------------------------------------
 
@@ -202,11 +204,11 @@ class Embeddings:
         return cls._from_facts(codes, {**facts, "names": names})
 
 
-def _rows(matrix: csr_matrix) -> SparseRows:
+def _rows(matrix: csr_matrix, columns: int) -> SparseRows:
     return SparseRows(
         torch.from_numpy(matrix.data).float(),
         torch.from_numpy(matrix.indices).long(),
-        matrix.shape,
+        (len(matrix.indptr) - 1, columns),
         torch.from_numpy(matrix.indptr).long(),
     )
 

@@ -69,7 +69,8 @@ class SparseCoder(nn.Module):
         check_count("group_size", group_size, 1)
         if penalty == "group" and len(self.atoms) % group_size:
             raise GossamerError(f"group_size is {group_size}; it divides {len(self.atoms)} atoms")
-        self.penalty, self.weight, self.steps = penalty, weight, steps
+        self.penalty: Penalty = penalty
+        self.weight, self.steps = weight, steps
         self.group_size = group_size
 
     def shrink(self, moved: Tensor, length: float) -> Tensor:
