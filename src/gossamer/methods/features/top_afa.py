@@ -20,8 +20,9 @@ class TopAFA(RevivedMethod):
     """Learn a dictionary in which every token chooses how many latents it needs.
 
     :func:`gossamer.methods.features.measure.norm_match` gives the data of the ZF plot: norms of
-    inputs beside norms of codes, and the paper's bound, for dictionaries of any rule. Where true
-    atoms are far from orthogonal, the count found is far above the true one.
+    inputs beside norms of codes, and the paper's bound, for dictionaries of any rule;
+    ``gossamer.report.zf.zf_plot`` draws it. Where true atoms are far from orthogonal, the count
+    found is far above the true one.
 
     Parameters
     ----------
