@@ -21,7 +21,6 @@ def path() -> Path:
 
 def load() -> Any:
     """A new copy of the packaged model, float32, on the CPU, in evaluation mode."""
-    import torch
-    from transformers import LlamaForCausalLM
+    from gossamer.models.loading import load_model
 
-    return LlamaForCausalLM.from_pretrained(path(), dtype=torch.float32).eval()
+    return load_model(path(), dtype="float32").model
