@@ -31,7 +31,7 @@ class AST(Taught):
 
     Departs from the paper: masks by |w| only, where it also offers Wanda's score; no loss on
     hidden states, which its configurations weigh by 0. The branch is dense and stays beside the
-    N:M weights, as a hook; the report counts it in a note.
+    N:M weights, as a hook; the report counts it in the note on memory only.
     """
 
     card: ClassVar[Card] = Card(
