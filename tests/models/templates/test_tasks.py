@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from gossamer.core import GossamerError
+from gossamer.models import load_model
 from gossamer.models.templates import TASKS, batch, encode, load, path, vocabulary, words
 from gossamer.models.templates.tasks import FEELINGS, LETTERS, NAMES, TOPICS
 from gossamer.models.templates.train import accuracy
@@ -74,6 +75,13 @@ def test_impossible_requests():
         batch("names", 0)
     with pytest.raises(GossamerError, match="unknown word"):
         encode("when Ada felt hapy")
+
+
+def test_the_packaged_tokenizer_knows_the_words():
+    loaded = load_model(path())
+    made = batch("names", 3, 0)
+    ids = loaded.tokenizer([text(row) for row in made.ids], return_tensors="pt").input_ids
+    assert torch.equal(ids, made.ids)
 
 
 def test_the_packaged_model_solves_its_tasks():

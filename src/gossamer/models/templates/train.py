@@ -21,7 +21,7 @@ from gossamer.core import GossamerError
 from gossamer.models.nano.corpus import write_atomic
 from gossamer.models.templates.tasks import TASKS, batch, vocabulary, words
 
-__all__ = ["accuracy", "main", "new_model"]
+__all__ = ["accuracy", "main", "new_model", "tokenizer"]
 
 SHAPE: dict[str, Any] = {
     "vocab_size": len(words()),
@@ -49,6 +49,16 @@ def new_model(seed: int) -> nn.Module:
     return LlamaForCausalLM(LlamaConfig(**SHAPE))
 
 
+def tokenizer() -> Any:
+    """One token per word of the vocabulary, blanks between."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    made = Tokenizer(models.WordLevel(vocabulary(), unk_token="<pad>"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", bos_token="<s>")
+
+
 def task_loss(model: nn.Module, task: str, seed: int) -> Tensor:
     """Mean loss of one task's answers in nats."""
     made = batch(task, EACH, seed)
@@ -71,7 +81,7 @@ def accuracy(model: nn.Module, count: int = 500, seed: int = 1_000_003) -> dict[
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Train and write ``config.json``, ``model.safetensors`` and ``training.json``."""
+    """Train and write model, tokenizer and ``training.json``."""
     parser = argparse.ArgumentParser(description="Train the templates model.")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--steps", type=int, default=1500)
@@ -100,6 +110,7 @@ def main(arguments: list[str] | None = None) -> None:
     found = accuracy(model.eval())
     print(json.dumps(found))
     cast(Any, model).to(torch.float16).save_pretrained(options.out)
+    tokenizer().save_pretrained(options.out)
     record = {
         "command": f"python -m gossamer.models.templates.train --out {options.out.name} "
         f"--steps {options.steps} --lr {options.lr} --seed {options.seed}",
