@@ -87,3 +87,21 @@ def test_first_layers_stay_full_by_default():
 def test_impossible_parameters_are_refused(name):
     with pytest.raises(GossamerError, match=name):
         HiP(**{name: 0})
+
+
+@torch.no_grad()
+def test_remembered_blocks_move_with_a_cache_that_drops_its_oldest_keys():
+    selector = HiP(budget_tokens=1 << 20, block_size=4, refresh=4, local=1, sink=1).plan(
+        None, None, 0
+    )
+    generator = torch.Generator().manual_seed(0)
+    query, key = torch.randn(2, 1, 1, 12, 4, generator=generator)
+    state = LayerState()
+    for step in range(3):
+        # Of 12 keys the first ones are padding, so the blocks do not reach to the front.
+        padding = torch.ones(1, 24 + step, dtype=torch.bool)
+        padding[:, :16] = False
+        layout = Layout(1, 1, 12, 23 + step, key_offset=12 + step, padding=padding)
+        call = Call(query[:, :, :1], key, key, state=state)
+        index = selector.select(call, layout, 0)
+        assert torch.equal(index.mask(), layout.mask())

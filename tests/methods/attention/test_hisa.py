@@ -122,3 +122,11 @@ def test_the_number_of_blocks_follows_the_budget():
     assert HISA(budget_tokens=2048).searched == 64
     assert HISA(budget_tokens=4, block_size=128).searched == 2
     assert HISA(blocks=0).searched == 0
+
+
+def test_training_the_indexers_measures_no_break_even():
+    """Dense calls would hide the layers from the training."""
+    method = HISA(**{**HISA.example, "steps": 6}, backend="fastest")
+    with method.apply(tiny_model("llama"), random_tokens()) as work:
+        assert work.method.backend == "fastest"
+        assert "6 updates" in " ".join(work.selector.notes())

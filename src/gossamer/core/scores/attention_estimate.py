@@ -20,6 +20,9 @@ __all__ = [
     "vertical_slash_mass",
 ]
 
+_HELD = 1 << 24
+"""Scores held at once."""
+
 
 def last_query_weights(
     query: Tensor,
@@ -43,17 +46,20 @@ def last_query_weights(
     exact = torch.promote_types(query.dtype, torch.float32)
     batch, shared, repeat, queries, width = query.shape
     mean = query.new_empty(batch, shared, queries, key.shape[2], dtype=exact)
-    # One group at a time: R * Q * K scores are the largest thing held.
+    # One group and some queries at a time: many probes of a long text are a map of its square.
+    step = max(1, _HELD // (repeat * key.shape[2] * batch))
     for group in range(shared):
-        flat = query[:, group].reshape(batch, repeat * queries, width)
-        score = (flat.to(exact) * scale) @ key[:, group].to(exact).transpose(1, 2)
-        score = score.view(batch, repeat, queries, -1)
-        if softcap is not None:
-            score = softcap * torch.tanh(score / softcap)
-        if seen is not None:
-            own = seen[:, group if seen.shape[1] > 1 else 0, None]
-            score = score.masked_fill(~own, -torch.inf)
-        mean[:, group] = score.softmax(-1).nan_to_num_(0.0).mean(1)
+        keys = key[:, group].to(exact).transpose(1, 2)
+        for start in range(0, queries, step):
+            rows = slice(start, min(start + step, queries))
+            flat = query[:, group, :, rows].reshape(batch, -1, width)
+            score = ((flat.to(exact) * scale) @ keys).view(batch, repeat, -1, key.shape[2])
+            if softcap is not None:
+                score = softcap * torch.tanh(score / softcap)
+            if seen is not None:
+                own = seen[:, group if seen.shape[1] > 1 else 0, None, rows]
+                score = score.masked_fill(~own, -torch.inf)
+            mean[:, group, rows] = score.softmax(-1).nan_to_num_(0.0).mean(1)
     return mean
 
 

@@ -73,13 +73,17 @@ class TreeSelector(Selector):
 
     def _remembered(self, call: Call, grid: Grid) -> Tensor:
         """The blocks of the latest search, or of a new one when that is too old."""
-        state, end = call.state, grid.layout.end
-        if state.seen == 0 or end - state.seen >= self.refresh:
+        state, end, offset = call.state, grid.layout.end, grid.layout.key_offset
+        # A cache that drops its oldest keys moves the others, and with them the blocks.
+        moved = offset - state.facts.get("offset", offset)
+        if state.seen == 0 or end - state.seen >= self.refresh or moved % grid.wide:
             # All queries of the call share one search: they are few.
             found = self.search(call, Grid(grid.layout, grid.layout.queries, grid.wide))
             state.tensors["blocks"], state.seen = found[:, :, 0], end
+            state.facts["offset"], moved = offset, 0
         rows = grid.shape[0]
-        return state.tensors["blocks"][:, :, None].expand(-1, -1, rows, -1)
+        blocks = (state.tensors["blocks"] - moved // grid.wide).clamp_min(-1)
+        return blocks[:, :, None].expand(-1, -1, rows, -1)
 
     def _listed(self, grid: Grid, found: Tensor) -> BlockIndex:
         """The index of the found blocks, the window's and the first keys'."""
