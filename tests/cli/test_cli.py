@@ -280,3 +280,16 @@ def test_ctrl_c_leaves_nothing_half_written(tmp_path):
         assert "interrupted" in err
         assert "Traceback" not in err
         assert list(tmp_path.iterdir()) == []
+
+
+def test_two_methods_of_attention_make_one(capsys, tmp_path):
+    out = tmp_path / "both"
+    text = "oracle_top_k:sparsity=0.8+quest:budget_tokens=16"
+    status, shown, _ = run(
+        capsys, "sparsify", "nano", text, *SMALL, "--page-size", "4", "--out", out
+    )
+    assert status == 0
+    assert "prefill oracle_top_k" in shown
+    assert "decode quest" in shown
+    assert "page_size 4" in shown
+    assert "unknown parameter" in fails(capsys, "sparsify", "nano", text, "--pages", "4")

@@ -16,12 +16,14 @@ from gossamer.recipes.recipe import load
 
 __all__ = ["recommend"]
 
+_LENGTH = 4096
+
 
 def recommend(
     model: str,
     *,
     prompts: str = "builtin",
-    length: int = 4096,
+    length: int | None = None,
     methods: str = "",
     sparsity: str = "0.5,0.75,0.9",
     tasks: str = "",
@@ -50,7 +52,8 @@ def recommend(
         builtin, for made-up needles, chains and counts; or a file: JSONL of {"prompt", "answer"},
         matched exactly, or plain text (.txt), whose continuation's loss is compared.
     length
-        Tokens of a prompt with its answer, at most the model's context. Longer prompts are refused.
+        Tokens of a prompt with its answer; by default 4096, or the model's context if that is less.
+        Longer prompts are refused.
     methods
         Keys, separated by commas, such as quest,snapkv:window=32. By default all that need no
         training.
@@ -81,16 +84,18 @@ def recommend(
     """
     check_margin(margin)
     check_count("batch_size", batch_size, 1)
-    check_count("length", length, 16)
+    check_count("length", _LENGTH if length is None else length, 16)
     names = tuple(w.strip() for w in methods.split(",") if w.strip()) or frontier.candidates()
     rungs = sorted({frontier.number(word) for word in sparsity.split(",") if word.strip()})
     if not rungs:
         raise GossamerError("sparsity names no step; give numbers such as 0.5,0.75,0.9")
     for name in names:
-        frontier.at_amount(name, rungs[0], length)
+        frontier.at_amount(name, rungs[0], length or _LENGTH)
     wanted = tuple(w.strip() for w in tasks.split(",") if w.strip()) or tuple(TASKS)
     loaded = load(model, dtype=dtype, device=device, allow_pickle=allow_pickle)
     limit = context_length(loaded.model)
+    if length is None:
+        length = _LENGTH if limit is None else min(_LENGTH, limit)
     if limit is not None and length > limit:
         raise GossamerError(
             f"length {length} is over the model's limit of {limit} tokens; give at most {limit}"

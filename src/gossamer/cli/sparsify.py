@@ -1,5 +1,6 @@
 """``gossamer sparsify``: apply one method to a model and take the result away."""
 
+import dataclasses
 from inspect import signature
 from typing import Annotated, Any
 
@@ -7,6 +8,7 @@ from cyclopts import Parameter
 
 from gossamer import methods
 from gossamer.cli.show import bar, console, print_json
+from gossamer.core import unknown
 from gossamer.models import as_tokens
 from gossamer.models.labelled import as_labelled
 from gossamer.models.store import require_new
@@ -97,9 +99,18 @@ def sparsify(
 
 def _make(text: str, options: dict[str, Any], seed: int) -> Any:
     """The method with the options as its fields; what it does not have is an error."""
-    key, *parts = methods.split_text(text)
+    given = {k.replace("-", "_"): v for k, v in options.items() if v is not None}
+    terms = [methods.split_text(term) for term in methods.split_sum(text)]
+    if len(terms) > 1:
+        # Every option belongs to the terms that have it, and must belong to one.
+        known = {f.name for key, *_ in terms for f in dataclasses.fields(methods.get(key))}
+        for name in given:
+            if name not in known:
+                raise unknown(f"parameter of {text}", name, tuple(sorted(known)))
+        return methods.parse_method(text, seed=seed, **given)
+    key, *parts = terms[0]
     values: dict[str, Any] = dict(methods.text_fields(parts))
-    values |= {k.replace("-", "_"): v for k, v in options.items() if v is not None}
+    values |= given
     if methods.has_field(key, "seed"):
         values.setdefault("seed", seed)
     return methods.make(key, **values)

@@ -23,6 +23,7 @@ __all__ = [
     "keys",
     "make",
     "parse_method",
+    "split_sum",
     "split_text",
     "text_fields",
 ]
@@ -137,6 +138,11 @@ def split_text(text: str) -> list[str]:
     return re.split(r":(?=[a-z_]+=)", text.strip())
 
 
+def split_sum(text: str) -> list[str]:
+    """The terms of a sum of methods in text form; one where there is no sum."""
+    return re.split(r"\+(?=[a-z])", text.strip())
+
+
 def text_fields(parts: list[str]) -> dict[str, str]:
     """Fields of ``field=value`` strings; naming one twice is an error."""
     given: dict[str, str] = {}
@@ -155,7 +161,7 @@ def parse_method(text: str, **values: Any) -> Method:
     fields that the text leaves open and the method has; fields that the method does not have are
     passed over, so one grid serves methods of several families.
     """
-    first, *others = re.split(r"\+(?=[a-z])", text.strip())
+    first, *others = split_sum(text)
     if others:
         total: Any = parse_method(first, **values)
         for other in others:
