@@ -166,6 +166,8 @@ def test_damaged_or_missing_files_are_refused(tmp_path):
         Dictionary.load(tmp_path / "nowhere")
     with pytest.raises(GossamerError, match="no readable dictionary"):
         Dictionary.load(write(tmp_path / "a", "{", made.tensors()))
+    with pytest.raises(GossamerError, match="it holds a list"):
+        Dictionary.load(write(tmp_path / "list", [], made.tensors()))
     torn = made.save(tmp_path / "b")
     weights = torn / "sae_weights.safetensors"
     weights.write_bytes(weights.read_bytes()[:100])

@@ -33,6 +33,18 @@ def test_interpreting_leaves_the_model_alone_and_gives_every_score():
     assert not any(m._forward_hooks for m in model.modules())
 
 
+def test_a_given_dictionary_is_read_at_its_own_module():
+    model = tiny_model("llama")
+    made = replace(METHOD, hook="model.layers.0").fit(model, random_tokens())
+    assert METHOD.paths(model) != "model.layers.0"
+    named = replace(METHOD, hook="model.layers.0").interpret(model, random_tokens(), made)
+    assert METHOD.interpret(model, random_tokens(), made) == named
+    assert replace(METHOD, hook="model.layers.1").interpret(model, random_tokens(), made) != named
+    made.metadata["hook_name"] = "blocks.0"
+    with pytest.raises(GossamerError, match="no module 'blocks.0'"):
+        METHOD.interpret(model, random_tokens(), made)
+
+
 def test_the_cost_is_known_before_and_too_much_is_not_asked():
     model = tiny_model("llama")
     made = METHOD.fit(model, random_tokens())

@@ -57,6 +57,7 @@ def test_fitted_dictionaries_come_back_from_their_files(method, tmp_path):
         (lambda: JumpReLUSAE(bandwidth=-1.0), "bandwidth"),
         (lambda: BatchTopKSAE(k=65, width=64), "k is 65, above the width 64"),
         (lambda: AbsTopK(k=0), "k is 0"),
+        (lambda: AbsTopK(hook=3), "hook is 3; give a module's path"),
         (lambda: MatryoshkaSAE(fractions=(0.5,)), "sum to 1"),
         (lambda: MutualChoice(choice="both"), "unknown choice"),
         (lambda: MutualChoice(prior="flat"), "unknown prior"),

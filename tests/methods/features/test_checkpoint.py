@@ -123,6 +123,14 @@ def test_another_run_or_a_damaged_file_is_refused(tmp_path):
         fit(path)
 
 
+def test_rows_kept_otherwise_than_before_are_another_run(tmp_path):
+    path = tmp_path / "run.safetensors"
+    with pytest.raises(Stop):
+        fit(path, progress=stop_at(9))
+    with pytest.raises(GossamerError, match="resident differ"):
+        fit(path, resident=1 << 28)
+
+
 def test_a_full_disk_leaves_the_last_whole_checkpoint(tmp_path, monkeypatch):
     path, saves = tmp_path / "run.safetensors", []
 

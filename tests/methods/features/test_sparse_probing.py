@@ -41,6 +41,15 @@ def test_probing_leaves_the_model_alone_and_says_what_it_found():
     assert not any(m._forward_hooks for m in model.modules())
 
 
+def test_a_given_dictionary_is_read_at_its_own_module():
+    model = tiny_model("llama")
+    first = replace(METHOD, hook="model.layers.0")
+    made = first.fit(model, data())
+    assert METHOD.paths(model) != first.paths(model)
+    (own, *_), (named, *_) = METHOD.tasks(model, data(), made), first.tasks(model, data(), made)
+    assert torch.equal(own.pool.x, named.pool.x)
+
+
 def test_apply_takes_out_exactly_the_probed_latents():
     model = tiny_model("llama")
     with METHOD.apply(model, data()) as applied:

@@ -340,6 +340,8 @@ class Dictionary(nn.Module):
         """
         try:
             config = json.loads((Path(folder) / _CONFIG).read_text(encoding="utf-8"))
+            if not isinstance(config, dict):
+                raise TypeError(f"a configuration: it holds a {type(config).__name__}")
             tensors = load_file(Path(folder) / _WEIGHTS)
             return cls.from_tensors(config, tensors)
         except (OSError, UnicodeDecodeError, json.JSONDecodeError, SafetensorError) as error:

@@ -179,8 +179,7 @@ class AutoInterp(CountedMethod):
         GossamerError
             If no latent fires in enough windows.
         """
-        tokens, hook = as_tokens(data, model, seed=self.seed), self.paths(model)
-        assert isinstance(hook, str)
+        tokens, hook = as_tokens(data, model, seed=self.seed), self.path_for(model, dictionary)
         found = pieces(firings_of(model, tokens, hook, dictionary), self.length)
         silent = int(found.real.any(1).sum())
         alive = [i for i in found.alive(self.least) if len(found.of(i)[0].unique()) < silent]

@@ -64,6 +64,10 @@ class DictionaryMethod(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.hook is not None and not isinstance(self.hook, str):
+            raise GossamerError(
+                f"hook is {self.hook!r}; give a module's path, such as model.layers.3"
+            )
         for name in ("width", "tokens", "batch_size"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
@@ -94,6 +98,20 @@ class DictionaryMethod(Method):
             return self.hook
         blocks = find_sites(model).blocks
         return blocks[len(blocks) // 2]
+
+    def path_for(self, model: nn.Module, dictionary: Dictionary) -> str:
+        """The module to read for a dictionary that is given: the hook, else the dictionary's own.
+
+        Raises
+        ------
+        GossamerError
+            If the model has no module of the dictionary's name.
+        """
+        named = dictionary.metadata.get("hook_name") if self.hook is None else None
+        path = str(named) if named else self.paths(model)
+        assert isinstance(path, str)
+        find_module(model, split_path(path)[0])
+        return path
 
     def prepared(self, model: nn.Module, data: Any) -> Tokens | Packed | Inputs:
         """The data as windows."""

@@ -147,6 +147,8 @@ def describe(stream: Stream, trainer: Any) -> dict[str, Any]:
             "rule": {"name": type(rule).__name__, **fields},
             "source": {} if metadata is None else metadata(),
             "batch": stream.size,
+            # A place in memory is no place in a buffer.
+            "resident": stream.rows.resident() is not None,
             "shape": list(trainer.dictionary.W_dec.shape),
         }
     )

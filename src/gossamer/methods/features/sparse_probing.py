@@ -180,9 +180,7 @@ class SparseProbing(CountedMethod):
     def tasks(self, model: nn.Module, data: Any, dictionary: Dictionary) -> tuple[Task, ...]:
         """One task a class, from the hook's activations at the last token."""
         tokens, labels, shifted = windows_of(model, data)
-        hook = self.paths(model)
-        assert isinstance(hook, str)
-        rows = last_token(model, tokens, hook)
+        rows = last_token(model, tokens, self.path_for(model, dictionary))
         share = self.test_share
         return one_against_rest(
             rows, labels, dictionary, shifted=shifted, test_share=share, seed=self.seed

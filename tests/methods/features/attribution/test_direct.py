@@ -118,4 +118,6 @@ def test_wrong_questions_are_refused():
         direct(view, made, one, one, torch.tensor([9]))
     with pytest.raises(GossamerError, match="reads 16 channels; 4 heads of 8"):
         direct(view, dictionary(16), one, one, one)
+    with pytest.raises(GossamerError, match="2 latents, 1 windows and 1 destinations"):
+        direct(view, made, torch.tensor([0, 1]), one, one)
     assert attribute(view, readers(made, one, 4), one, one).shape == (1, 4, 9)

@@ -335,6 +335,12 @@ class TestObject:
             Edit(BLOCK, Affine.added(torch.ones(65)), None, dictionary())
         with pytest.raises(GossamerError, match="2 are named"):
             Edit(BLOCK, Affine.added(torch.ones(3)), torch.tensor([0, 1]))
+        with pytest.raises(GossamerError, match="unit -1 is below 0"):
+            Edit(BLOCK, Affine.added(torch.ones(2)), torch.tensor([0, -1]), dictionary())
+
+    def test_a_law_with_nan(self):
+        with pytest.raises(GossamerError, match="affine law holds NaN"):
+            Edit(BLOCK, Affine.added(torch.tensor([1.0, float("nan")])))
 
     def test_copies_stay_apart(self):
         model = tiny_model("llama")

@@ -138,6 +138,11 @@ def direct(
     GossamerError
         If the dictionary reads another width than the heads hand over, or the sum is not exact.
     """
+    if not latents.shape == rows.shape == at.shape == (len(latents),):
+        raise GossamerError(
+            f"{len(latents)} latents, {len(rows)} windows and {len(at)} destinations; give one "
+            "window and one destination for each latent"
+        )
     heads, width = view.mixed.shape[2:]
     if made.d_in != heads * width:
         raise GossamerError(

@@ -60,6 +60,12 @@ class Edit:
             raise GossamerError(
                 f"{self.path}: the law is for {self.law.units} units, {len(self.units)} are named"
             )
+        if self.units is not None and len(self.units) and int(self.units.min()) < 0:
+            raise GossamerError(
+                f"{self.path}: unit {int(self.units.min())} is below 0; count from 0"
+            )
+        if any(bool(part.isnan().any()) for part in self.law.tensors().values()):
+            raise GossamerError(f"{self.path}: the {self.law.kind} law holds NaN; make it again")
         made = self.dictionary
         if made is not None and made.transcoder:
             raise GossamerError("a transcoder's latents are of another module; use an autoencoder")
