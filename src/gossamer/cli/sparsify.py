@@ -89,6 +89,8 @@ def sparsify(
         applied = made.apply(loaded.model, tokens, progress=progress, **options)
     report = applied.report()
     folder = None if out is None else str(applied.save(out, loaded.tokenizer))
+    if not options:
+        applied.restore()
     if json:
         print_json({**report.to_dict(), "saved": folder})
         return
