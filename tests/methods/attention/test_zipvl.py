@@ -1,10 +1,16 @@
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from gossamer.core import GossamerError
+from gossamer.core.scores.attention_estimate import last_query_weights
+from gossamer.methods.attention import zipvl
 from gossamer.methods.attention.eviction.mixed import MixedBits
+from gossamer.methods.attention.eviction.observe import keep_equal
 from gossamer.methods.attention.eviction.shortened import held_bytes
 from gossamer.methods.attention.executor import Call
+from gossamer.methods.attention.executors import subset
 from gossamer.methods.attention.layout import Layout
 from gossamer.methods.attention.zipvl import ZipVL, important_tokens, probe_rows
 from tests.models.tiny import tiny_model
@@ -32,14 +38,101 @@ def test_how_many_by_mass_and_which_per_probe():
     # Three probes; the last token is seen by one of them only.
     seen = torch.tensor([[[1, 1, 0], [1, 1, 0], [1, 1, 1]]]).bool()
     weights = torch.tensor([[[0.4, 0.6, 0.0], [0.4, 0.6, 0.0], [0.0, 0.2, 0.8]]])
+    mass, probes = weights.sum(1), seen.sum(1)
     # Sums 0.8, 1.4, 0.8 of 3; two tokens reach 0.7 of it.
-    per_probe = important_tokens(weights, seen, 0.7, normalized=True)
+    per_probe = important_tokens(mass, probes, 0.7, normalized=True)
     assert per_probe.tolist() == [[False, True, True]]
-    plain = important_tokens(weights, seen, 0.7, normalized=False)
+    plain = important_tokens(mass, probes, 0.7, normalized=False)
     assert plain[0, 1]
     assert plain.sum() == 2
-    assert important_tokens(weights, seen, 0.46, normalized=True).tolist() == [[False, False, True]]
-    assert important_tokens(weights, seen, 1.0, normalized=True).all()
+    assert important_tokens(mass, probes, 0.46, normalized=True).tolist() == [[False, False, True]]
+    assert important_tokens(mass, probes, 1.0, normalized=True).all()
+
+
+class Largest(TorchDispatchMode):
+    """Elements of the largest memory any operation returns."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for one in tree_leaves(out):
+            if isinstance(one, torch.Tensor):
+                size = one.untyped_storage().nbytes() // one.element_size()
+                self.elements = max(self.elements, size)
+        return out
+
+
+def random_call(seed, rows, length, padded, shape=(2, 3), chunk=None):
+    """A call and its layout; ``chunk`` asks for the last queries only, over a cache."""
+    lot = torch.Generator().manual_seed(seed)
+    shared, repeat = shape
+    asked = chunk or length
+    query = torch.randn(rows, shared * repeat, asked, 8, generator=lot)
+    key = torch.randn(rows, shared, length, 8, generator=lot) * 2
+    real = torch.ones(rows, length, dtype=torch.bool)
+    for row, pad in enumerate(padded):
+        real[row, :pad] = False
+    padding = real if any(padded) else None
+    layout = Layout(rows, asked, length, query_offset=length - asked, padding=padding)
+    return Call(query, key, key, softcap=20.0 if seed % 2 else None), layout
+
+
+def at_once(call, layout, method, layer):
+    """The choice by all scores of all pairs: the formula, whatever it costs."""
+    pairs = layout.mask().expand(layout.batch, 1, -1, -1)
+    asks = torch.zeros(layout.batch, layout.queries, dtype=torch.bool)
+    for row in range(layout.batch):
+        real = torch.arange(layout.queries)
+        if layout.padding is not None:
+            real = real[layout.padding[row, layout.query_index]]
+        asks[row, real[probe_rows(len(real), method.probes, method.seed, layer)]] = True
+    seen = pairs & asks[:, None, :, None]
+    query = call.grouped_query().double()
+    weights = last_query_weights(query, call.key.double(), call.factor, seen, call.softcap)
+    mass, probes = weights.mean(1).sum(1), seen[:, 0].sum(1)
+    score = mass / probes.clamp_min(1) if method.normalized else mass
+    there = probes > 0
+    if method.sparsity is None:
+        shares = mass / mass.sum(1, keepdim=True).clamp_min(1e-30)
+        reached = shares.sort(1, descending=True).values.cumsum(1)
+        count = (reached < method.gamma).sum(1) + 1
+    else:
+        count = torch.round((1 - method.sparsity) * there.sum(1)).long().clamp_min(1)
+    chosen = keep_equal(score[:, None], there[:, None], count)[:, 0]
+    position = layout.position[:, : layout.keys]
+    ends = (position < method.sink) | (position == position.amax(1, keepdim=True))
+    return chosen | ((position >= 0) & (ends | ~there))
+
+
+@pytest.mark.parametrize("held", [1, 400, 1 << 30])
+@pytest.mark.parametrize("padded", [(0, 0, 0), (0, 7, 30)])
+@pytest.mark.parametrize("fields", [{"gamma": 0.6}, {"sparsity": 0.6}, {"normalized": False}])
+def test_probes_in_slices_choose_what_all_at_once_choose(held, padded, fields, monkeypatch):
+    monkeypatch.setattr(zipvl, "_HELD", held)
+    for seed in range(4):
+        call, layout = random_call(seed, 3, 48, padded, chunk=20 if seed == 3 else None)
+        method = ZipVL(**{"gamma": 0.8, "probes": 0.4, "sink": 1, "quantize": False, **fields})
+        index = method.plan(torch.nn.Identity(), None, 48).select(call, layout, layer=seed)
+        want = at_once(call, layout, method, layer=seed)
+        assert torch.equal(index.keys[:, 0], want)
+        assert 0.2 < want.float().mean() < 0.95
+
+
+@pytest.mark.parametrize("padded", [(0,), (9,)])
+def test_no_map_of_the_prompt_s_square(padded, monkeypatch):
+    length = 512
+    monkeypatch.setattr(zipvl, "_HELD", length**2 // 32)
+    monkeypatch.setattr(subset, "_PAIRS", length**2 // 32)
+    monkeypatch.setattr(subset, "_ROWS", 1)
+    call, layout = random_call(0, 1, length, padded, shape=(2, 2))
+    selector = ZipVL(gamma=0.9, probes=0.5, quantize=False).plan(torch.nn.Identity(), None, length)
+    with Largest() as largest:
+        index = selector.select(call, layout, 0)
+        subset.Subset().run(call, index)
+    assert 0.3 < index.keys.float().mean() < 1
+    # What grows with the prompt alone: heads, queries and their width.
+    assert largest.elements <= length**2 // 16
 
 
 def test_tokens_pass_by_where_they_do_not_matter():

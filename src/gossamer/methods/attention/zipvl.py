@@ -31,6 +31,9 @@ __all__ = ["ZipVL", "important_tokens", "probe_rows"]
 
 _BITS = (1, 2, 4, 8)
 
+_HELD = 1 << 23
+"""Scores held at once: probes times keys of a long prompt would be a map of its square."""
+
 
 def probe_rows(queries: int, share: float, seed: int, layer: int) -> Tensor:
     """Places of the queries that probe: half of them the latest, half by lot, ascending.
@@ -49,7 +52,7 @@ def probe_rows(queries: int, share: float, seed: int, layer: int) -> Tensor:
     return torch.cat([drawn.sort().values, torch.arange(earlier, queries)])
 
 
-def important_tokens(weights: Tensor, seen: Tensor, gamma: float, normalized: bool) -> Tensor:
+def important_tokens(mass: Tensor, probes: Tensor, gamma: float, normalized: bool) -> Tensor:
     """The tokens of every sequence that matter.
 
     How many: the fewest whose probed attention reaches ``gamma`` of it all. Which: those with the
@@ -58,7 +61,8 @@ def important_tokens(weights: Tensor, seen: Tensor, gamma: float, normalized: bo
 
     Parameters
     ----------
-    weights : (B, P, K), attention of the probes, over all heads. seen : bool, (B or 1, P, K).
+    mass : (B, K), attention that all probes give each token, mean over the heads.
+    probes : int64, (B, K), how many of them could see it.
     gamma : share of the mass, 0 to 1; at 1 all tokens matter. normalized : False chooses by the
         plain sums, for ablation.
 
@@ -66,14 +70,18 @@ def important_tokens(weights: Tensor, seen: Tensor, gamma: float, normalized: bo
     -------
     bool, (B, K).
     """
-    mass, probes = weights.sum(1), seen.sum(1)
-    visible = (probes > 0).expand_as(mass)
+    visible = probes > 0
     if gamma >= 1.0:
         return visible.clone()
     total = mass.sum(1, keepdim=True).clamp_min(torch.finfo(mass.dtype).tiny)
     count = mass_count(mass / total, gamma)
+    return _best(mass, probes, count, normalized)
+
+
+def _best(mass: Tensor, probes: Tensor, count: Tensor, normalized: bool) -> Tensor:
+    """bool, (B, K): so many tokens of every sequence, none that no probe could see."""
     score = mass / probes.clamp_min(1) if normalized else mass
-    return keep_equal(score[:, None], visible[:, None], count)[:, 0]
+    return keep_equal(score[:, None], (probes > 0)[:, None], count)[:, 0]
 
 
 @dataclass(frozen=True)
@@ -110,26 +118,18 @@ class ProbeSelector(Selector):
     def _important(self, call: Call, layout: Layout, layer: int) -> Tensor:
         """(B, K) tokens that attend and are read."""
         rows = _probes(layout, self.probes, self.seed, layer)
-        seen = _seen_by(layout, rows)
-        query = call.grouped_query()
-        wide = rows.clamp_min(0)[:, None, None, :, None]
-        query = query.gather(3, wide.expand(*query.shape[:3], -1, query.shape[4]))
-        weights = last_query_weights(query, call.key, call.factor, seen, call.softcap)
-        mass, seen = weights.mean(1), seen[:, 0]
+        mass, probes = _probed(call, layout, rows)
         if self.budget is None:
-            chosen = important_tokens(mass, seen, self.gamma, self.normalized)
+            chosen = important_tokens(mass, probes, self.gamma, self.normalized)
         else:
-            score, probes = mass.sum(1), seen.sum(1)
-            there = (probes > 0).expand_as(score)
-            count = self.budget.of(there.sum(1))
-            score = score / probes.clamp_min(1) if self.normalized else score
-            chosen = keep_equal(score[:, None], there[:, None], count)[:, 0]
+            count = self.budget.of((probes > 0).sum(1))
+            chosen = _best(mass, probes, count, self.normalized)
         # A window of the model's own hides some tokens from every probe: nothing speaks
         # against them.
         position = layout.position[:, layout.key_index]
         last = position[:, : layout.end - layout.key_offset].amax(1, keepdim=True)
         ends = (position < self.sink) | (position == last)
-        return chosen | ((position >= 0) & (ends | ~seen.any(1)))
+        return chosen | ((position >= 0) & (ends | (probes == 0)))
 
     def after(self, call: Call, layout: Layout, layer: int) -> None:
         held, matters = _layer_of(call, layer), call.state.tensors.pop("matters", None)
@@ -179,6 +179,31 @@ def _probes(layout: Layout, share: float, seed: int, layer: int) -> Tensor:
         place = real.nonzero()[:, 0]
         drawn.append(place[probe_rows(len(place), share, seed, layer).to(place.device)])
     return torch.nn.utils.rnn.pad_sequence(drawn, batch_first=True, padding_value=-1)
+
+
+def _probed(call: Call, layout: Layout, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """What the probes give each token, and how many of them could see it.
+
+    Parameters
+    ----------
+    rows : (B, P), the probing queries of every row; -1 for none.
+
+    Returns
+    -------
+    mass : (B, K), sums over the probes, means over the heads. probes : int64, (B, K).
+    """
+    batch, keys = len(rows), layout.keys
+    mass = torch.zeros(batch, keys, dtype=call.exact, device=call.query.device)
+    probes = torch.zeros(batch, keys, dtype=torch.long, device=call.query.device)
+    query = call.grouped_query()
+    for some in rows.split(max(1, _HELD // (batch * max(call.groups) * keys)), dim=1):
+        seen = _seen_by(layout, some)
+        place = some.clamp_min(0)[:, None, None, :, None]
+        asked = query.gather(3, place.expand(*query.shape[:3], -1, query.shape[4]))
+        weights = last_query_weights(asked, call.key, call.factor, seen, call.softcap)
+        mass += weights.sum(2).mean(1)
+        probes += seen[:, 0].sum(1)
+    return mass, probes
 
 
 def _seen_by(layout: Layout, rows: Tensor) -> Tensor:

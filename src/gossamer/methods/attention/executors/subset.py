@@ -11,6 +11,12 @@ from gossamer.methods.attention.subset import SubsetIndex, places_of
 
 __all__ = ["Subset"]
 
+_PAIRS = MEMO >> 3
+"""Pairs masked at once, over all heads."""
+
+_ROWS = 128
+"""Queries run at once however many keys they have: shorter parts would leave a GPU idle."""
+
 
 class Subset(Executor):
     """Fused attention over gathered queries, keys and values; queries not chosen get zeros.
@@ -67,7 +73,8 @@ class Subset(Executor):
         asked: Tensor,
         read: Tensor,
     ) -> Tensor:
-        step = max(1, MEMO // max(1, read.shape[2] * read.shape[0] * read.shape[1]))
+        heads = call.query.shape[0] * call.query.shape[1]
+        step = max(_ROWS, _PAIRS // max(1, read.shape[2] * heads))
         parts = []
         for at in range(0, max(1, asked.shape[2]), step):
             rows = slice(at, at + step)
