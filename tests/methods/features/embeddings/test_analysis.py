@@ -105,3 +105,6 @@ def test_retrieval_ranks_by_weighted_sum_and_tests_it():
     assert hits[-1].p == 1
     with pytest.raises(GossamerError, match="no latent"):
         retrieve(embedded(dense), {})
+    for latent in (-1, dense.shape[1]):
+        with pytest.raises(GossamerError, match=f"names latent {latent}; there are"):
+            retrieve(embedded(dense), {0: 1.0, latent: 1.0})

@@ -310,12 +310,15 @@ def retrieve(
     Raises
     ------
     GossamerError
-        If no latent is asked for.
+        If no latent is asked for, or one that is not there.
     """
     check_count("draws", draws, 1)
     if not weights:
         raise GossamerError("the query names no latent; label the latents or give examples")
     at = np.array(sorted(weights), int)
+    if at[0] < 0 or at[-1] >= documents.latents:
+        bad = int(at[0] if at[0] < 0 else at[-1])
+        raise GossamerError(f"the query names latent {bad}; there are {documents.latents}, from 0")
     values = documents.matrix()[:, at].toarray()
     values /= np.maximum(np.abs(values).max(0), 1e-30)
     values *= np.array([weights[i] for i in at.tolist()])
