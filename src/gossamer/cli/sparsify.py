@@ -74,7 +74,7 @@ def sparsify(
     loaded = load(model, dtype=dtype, device=device, allow_pickle=allow_pickle)
     with bar(f"{made.key()} on {model}", quiet=json) as progress:
         tokens: Any
-        if made.subject == "steered language model":
+        if made.subject in ("steered language model", "labelled language model"):
             tokens = as_labelled(data, loaded.model, length=length, tokenizer=loaded.tokenizer)
         else:
             tokens = as_tokens(

@@ -7,7 +7,8 @@ from gossamer.claims.base import Verdict
 from gossamer.claims.features.sparse_probing import CLAIMS
 from gossamer.core import GossamerError
 from gossamer.methods.features.sparse_probing import SparseProbing
-from gossamer.models import Inputs
+from gossamer.models import Inputs, Tokens
+from gossamer.models.labelled import Labelled
 from tests.models.subjects import SUBJECTS
 from tests.models.tiny import tiny_model
 
@@ -48,6 +49,17 @@ def test_a_given_dictionary_is_read_at_its_own_module():
     assert METHOD.paths(model) != first.paths(model)
     (own, *_), (named, *_) = METHOD.tasks(model, data(), made), first.tasks(model, data(), made)
     assert torch.equal(own.pool.x, named.pool.x)
+
+
+def test_labelled_text_is_probed_like_inputs():
+    values = data().values
+    tokens = Tokens(values["input_ids"], torch.ones_like(values["input_ids"]).bool())
+    text = Labelled(tokens, {"label": values["labels"]}, {})
+    model, plain = tiny_model("llama"), Inputs({n: values[n] for n in ("input_ids", "labels")})
+    made = METHOD.fit(model, plain)
+    assert METHOD.probe(model, text, made) == METHOD.probe(model, plain, made)
+    with pytest.raises(GossamerError, match="Labelled text with a label"):
+        METHOD.probe(model, Labelled(tokens, {"mood": values["labels"]}, {}), made)
 
 
 def test_apply_takes_out_exactly_the_probed_latents():

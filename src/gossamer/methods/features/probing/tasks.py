@@ -15,6 +15,7 @@ from gossamer.methods.features.hooks import record
 from gossamer.methods.features.probing.probes import Rows
 from gossamer.methods.features.probing.quiver import Task
 from gossamer.models import Inputs, Tokens, check_vocabulary
+from gossamer.models.labelled import Labelled
 
 __all__ = ["last_token", "one_against_rest", "windows_of"]
 
@@ -27,18 +28,23 @@ def windows_of(model: nn.Module, data: Any) -> tuple[Tokens, Tensor, Tensor]:
     Parameters
     ----------
     data : ``Inputs`` with ``input_ids`` and ``labels`` (N,), maybe ``attention_mask``, and maybe
-        ``shifted`` (N,) bool for windows from elsewhere that are only tested on.
+        ``shifted`` (N,) bool for windows from elsewhere that are only tested on; or ``Labelled``
+        text, whose attribute ``label`` is the class.
 
     Raises
     ------
     GossamerError
         If the data is something else or the labels are no classes.
     """
+    if isinstance(data, Labelled) and "label" in data.attributes:
+        check_vocabulary(data.tokens, model)
+        labels = data.attributes["label"]
+        return data.tokens, labels, torch.zeros_like(labels).bool()
     values = data.values if isinstance(data, Inputs) else {}
     if "input_ids" not in values or "labels" not in values:
         raise GossamerError(
             f"sparse probing needs labelled windows, not {type(data).__name__}; give "
-            "Inputs({'input_ids': (N, T), 'labels': (N,)})"
+            "Inputs({'input_ids': (N, T), 'labels': (N,)}), or Labelled text with a label"
         )
     ids, labels = values["input_ids"], values["labels"]
     if labels.dim() != 1 or labels.is_floating_point():
