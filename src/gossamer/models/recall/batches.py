@@ -6,6 +6,7 @@ for. Every function draws from torch's generators on the batch's device and from
 Shapes: B = rows, N = lines, L = tokens a line has room for, T = tokens of a sequence.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from random import Random
@@ -204,6 +205,10 @@ class Batches:
 
     # --- tasks ---------------------------------------------------------------------------------
 
+    def _between(self, low: int, high: int) -> int:
+        """Any number of that range, small ones as often as large ones."""
+        return round(math.exp(self.random.uniform(math.log(low), math.log(high))))
+
     def needles(self, kind: str, rows: int, length: int) -> Batch:
         """Numbers of names: one of a name, all of a name, or one each of several names."""
         room = int(length * self.share)
@@ -217,8 +222,9 @@ class Batches:
         most_keys = budget // (11 * each)
         least = min(most_keys, asked)
         few = min(most_keys, max(least, questions * asked))
-        keys = self.random.choice([most_keys, self.random.randint(least, most_keys), few])
+        keys = self.random.choice([most_keys, few, *[self._between(least, most_keys)] * 2])
         questions = max(1, min(questions, keys // asked))
+        budget = length - 1 - questions * width
         names = self.names(rows, keys)
         values = self.values(rows, keys * each)
         owner = names.repeat_interleave(each, dim=1)
@@ -261,9 +267,11 @@ class Batches:
         questions = max(1, min(self.questions, int(length * self.share) // width))
         budget = length - 1 - questions * width
         most = max(1, budget // (9 + 8 * hops))
-        chains = self.random.choice([most, self.random.randint(1, most), min(most, questions)])
+        few = min(most, questions)
+        chains = self.random.choice([most, few, *[self._between(1, most)] * 2])
         chains = min(chains, 4096)
         questions = min(questions, chains)
+        budget = length - 1 - questions * width
         names = self.names(rows, chains * (hops + 1))
         grid = names.view(rows, chains, hops + 1, 2)
         values = self.values(rows, chains)
