@@ -27,6 +27,7 @@ from gossamer.methods.training.sparsifier.layers import (
     Allocation,
     Layer,
     Quota,
+    find_layers,
     plain_module,
     quotas,
 )
@@ -138,6 +139,10 @@ class SparseTraining(Method):
         """What happens to the masks at an update, counted from 1; None for nothing."""
 
     # -- what is shared ---------------------------------------------------------------------
+
+    def layers_of(self, model: nn.Module) -> tuple[Layer, ...]:
+        """What of a model is kept sparse."""
+        return find_layers(model, self.skip)
 
     @property
     def remembers_removed(self) -> bool:

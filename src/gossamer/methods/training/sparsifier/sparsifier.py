@@ -14,7 +14,7 @@ from gossamer.core import GossamerError, Unstructured, pack_bits, unpack_bits
 from gossamer.methods.training.sparsifier.change import Change, StartLoss
 from gossamer.methods.training.sparsifier.decide import exchange, first_masks, prune_to
 from gossamer.methods.training.sparsifier.flops import TrainingFlops
-from gossamer.methods.training.sparsifier.layers import Layer, Quota, find_layers, plain_module
+from gossamer.methods.training.sparsifier.layers import Layer, Quota, plain_module
 from gossamer.methods.training.sparsifier.masks import (
     Held,
     check_optimizer,
@@ -59,7 +59,7 @@ class Sparsifier:
         self.method = method
         self.model = plain_module(model)
         self.optimizer = plain_optimizer(optimizer)
-        self.layers: tuple[Layer, ...] = find_layers(self.model, method.skip)
+        self.layers: tuple[Layer, ...] = method.layers_of(self.model)
         self.updates = 0
         self.warnings: list[str] = []
         self.held = self._hold(masters or {})
