@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 __all__ = ["Change", "Growth", "StartLoss"]
 
-Growth = Literal["gradient", "random"]
+Growth = Literal["gradient", "random", "correlation"]
 StartLoss = Callable[[nn.Module], Tensor]
 
 
@@ -20,7 +20,8 @@ class Change:
     ----------
     sparsity : prune by magnitude to this sparsity; None leaves the number kept alone.
     exchange : share of every layer's kept weights that are dropped and grown elsewhere.
-    growth : where weights grow: where the gradient is largest, or anywhere.
+    growth : where weights grow: where the gradient is largest, anywhere, or where the activities of
+        the two units are most correlated.
     by_sign : drop the share of the positive and of the negative weights apart.
     grown_std : standard deviation of grown weights' values; 0 starts them at zero.
     instead : the change takes the place of the update, whose gradients are then used for nothing

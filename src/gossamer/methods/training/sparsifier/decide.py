@@ -136,7 +136,7 @@ def exchange(
 
     Parameters
     ----------
-    signal : parameter to the size of its gradient, where growth is by gradient.
+    signal : parameter to the size of its gradient or correlation, where growth is by either.
     seed : of what is drawn.
 
     Returns
@@ -156,10 +156,10 @@ def exchange(
             left = survivors_by_sign(weight, mask, change.exchange)
         else:
             left = survivors(weight, mask, change.exchange, quota.pattern)
-        if change.growth == "gradient":
-            score = layer.view(signal[layer.parameter])
-        else:
+        if change.growth == "random":
             score = uniform_random(mask, _number(f"{seed}:grow:{layer.name}"))
+        else:
+            score = layer.view(signal[layer.parameter])
         try:
             new = grow(left, score, quota.pattern, quota.budget)
         except GossamerError as error:
