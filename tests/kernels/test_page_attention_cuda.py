@@ -98,3 +98,19 @@ def test_a_step_is_captured_and_follows_its_inputs() -> None:
     query.copy_(torch.randn_like(query))
     captured.replay()
     assert torch.equal(out, step())
+
+
+@pytest.mark.parametrize("keys", [17, 2047, 2049, 66000])
+def test_scores_of_some_of_the_remembered_pages_choose_in_a_longer_cache(keys) -> None:
+    """As decoding calls them: summaries are a slice, the cache has room, pages grow by one."""
+    query, key, value = _call(2, 8, 2, keys + 40, (128, 128), torch.bfloat16)
+    one, two = page_bounds(key, 16)
+    pages = (keys - 1) // 16
+    score = page_scores(query, one[:, :, :pages], two[:, :, :pages], backend="triton")
+    wanted = page_scores(query.double(), one[:, :, :pages], two[:, :, :pages], backend="reference")
+    torch.testing.assert_close(score, wanted, atol=1e-2, rtol=1e-4)
+    for keep in {1, min(3, pages + 1), max(1, pages // 2), pages + 1}:
+        found = page_decode(query, key, value, score, keep, 16, end=keys, backend="triton")
+        wide = [x.double() for x in (query, key, value)]
+        expected = page_decode(*wide, score, keep, 16, end=keys, backend="reference")
+        assert _error(found, expected) < LIMIT[torch.bfloat16], keep

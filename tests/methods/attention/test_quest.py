@@ -88,3 +88,60 @@ def test_first_layers_stay_full_and_are_counted():
         model(torch.tensor([[5]]), past_key_values=cache, use_cache=True)
         assert work.guarded == 1
         assert "choosing reads 1/2 of the keys'" in str(work.report())
+
+
+def test_a_static_cache_without_padding_is_plain_and_read_by_pages():
+    """Its numbered mask says no more than causality: the fused kernel may choose there too."""
+    model = tiny_model("llama")
+    seen = []
+    select = PageSelector.select
+
+    def noting(self, call, layout, layer):
+        index = select(self, call, layout, layer)
+        if layout.queries == 1:
+            seen.append((type(index).__name__, layout.plain, layout.end))
+        return index
+
+    prompt = torch.randint(3, 128, (2, 20), generator=torch.Generator().manual_seed(0))
+    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PageSelector, "select", noting)
+        with Quest(page_size=2, dense_layers=1).apply(model):
+            dynamic = model.generate(prompt, **options)
+            static = model.generate(prompt, cache_implementation="static", **options)
+    assert torch.equal(dynamic, static)
+    assert seen == [("BestPages", True, 21 + n) for n in range(3)] * 2
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_generate_on_a_gpu_runs_the_paged_kernel(padded, cache, monkeypatch):
+    """The kernel that chooses runs wherever rows are not padded, and answers as the definition."""
+    from gossamer.methods.attention.executors import triton_decode
+
+    fused = []
+    kernel = triton_decode.page_decode
+    monkeypatch.setattr(
+        triton_decode, "page_decode", lambda *a, **o: (fused.append(1), kernel(*a, **o))[1]
+    )
+    model = tiny_model("llama").cuda()
+    prompt = torch.randint(3, 128, (2, 70), generator=torch.Generator().manual_seed(0)).cuda()
+    mask = torch.ones_like(prompt)
+    if padded:
+        mask[1, :9] = 0
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    options |= {"attention_mask": mask, "output_logits": True, "return_dict_in_generate": True}
+    if cache == "static":
+        options |= {"cache_implementation": "static", "disable_compile": True}
+    answers = {}
+    for backend in ("auto", "reference"):
+        method = Quest(page_size=4, budget_tokens=24, dense_layers=0, backend=backend)
+        with method.apply(model) as work:
+            answers[backend] = model.generate(prompt, **options)
+            if backend == "auto" and not (padded and cache == "static"):
+                assert work.ran["triton_decode"] == 2 * 5, work.ran
+    assert len(fused) == (0 if padded else 2 * 5)
+    assert torch.equal(answers["auto"].sequences, answers["reference"].sequences)
+    for a, b in zip(answers["auto"].logits, answers["reference"].logits, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-3)

@@ -198,11 +198,19 @@ def _numbered(layout: Layout) -> Tensor:
 def _from_numbers(numbered: Tensor) -> Layout:
     """Undo :func:`_numbered`; the query stands where the positions are largest."""
     position = numbered[:, 0, 0]
+    rows, keys = position.shape
+    at = torch.arange(keys, device=position.device)
+    query = position.amax(0).argmax()
+    # Every row sees all keys up to the query: causality is the whole rule. Asked in one go.
+    plain = (position == torch.where(at <= query, at, -1)).all()
+    offset, is_plain = torch.stack([query, plain.long()]).tolist()
+    if is_plain:
+        return Layout(rows, 1, keys, query_offset=offset, device=position.device)
     layout = Layout(
-        len(position),
+        rows,
         1,
-        position.shape[1],
-        query_offset=int(position.amax(0).argmax()),
+        keys,
+        query_offset=offset,
         padding=position >= 0,
         causal=False,
         device=position.device,

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from gossamer.core import Card, check_count, unknown
 from gossamer.methods.attention.base import AttentionMethod
+from gossamer.methods.attention.decoding.best_pages import BestPages
 from gossamer.methods.attention.decoding.choose import Amount, index_of, visible
 from gossamer.methods.attention.decoding.pages import Scorer, page_scores, remembered_pages
 from gossamer.methods.attention.executor import Call
@@ -40,14 +41,28 @@ class PageSelector(Selector):
 
     def select(self, call: Call, layout: Layout, layer: int) -> BlockIndex:
         first, second, start = remembered_pages(call, layout, self.page_size, self.scorer)
-        score = page_scores(call.grouped_query(), first, second, self.scorer)
+        query = call.grouped_query()
+        if layout.plain and layout.queries == 1:
+            pages = (layout.end - layout.key_offset - 1) // self.page_size
+            first, second = first[:, :, :pages], second[:, :, :pages]
+            score = page_scores(query, first, second, self.scorer)[:, :, 0]
+            # Counted on the host: the kernel that attends also chooses, so nothing waits.
+            keep = int(self._amount.of(torch.tensor(pages + 1)))
+            return BestPages(layout, self.page_size, score, keep)
+        score = page_scores(query, first, second, self.scorer)
+        if isinstance(start, int):
+            start = torch.full((1,), start, device=score.device)
         page = self._pages(score, layout, start)
-        if layout.padding is None and not int(start.max()):
+        if layout.padding is None:
             return index_of(layout, page, self.page_size)
         return index_of(layout, self._keys(page, start, layout))
 
+    @property
+    def _amount(self) -> Amount:
+        return Amount(self.sparsity, self.budget_tokens).pages(self.page_size, _LEAST)
+
     def _pages(self, score: Tensor, layout: Layout, start: Tensor) -> Tensor:
-        """(B, G, Q, k) numbers of the pages read, -1 for none."""
+        """(B, G, Q, k) numbers of the pages read, -1 for none; best first, then earlier first."""
         size, pages = self.page_size, score.shape[-1]
         at = layout.query_index - layout.key_offset
         own = (at - start[:, None]).div(size, rounding_mode="floor")[:, None, :, None]
@@ -61,12 +76,12 @@ class PageSelector(Selector):
         # A window of the model's own may begin inside a page.
         oldest = at - visible(layout) + 1 - start[:, None]
         seen = own[:, 0, :, 0] - oldest.clamp_min(0).div(size, rounding_mode="floor") + 1
-        amount = Amount(self.sparsity, self.budget_tokens).pages(size, _LEAST)
-        keep = amount.of(seen)
-        top = score.topk(min(int(keep.max()), pages + 1), dim=-1)
-        rank = torch.arange(top.indices.shape[-1], device=score.device)
-        kept = (rank < keep[:, None, :, None]) & (top.values > -torch.inf)
-        return torch.where(kept, top.indices, -1)
+        keep = self._amount.of(seen)
+        most = min(int(keep.max()), pages + 1)
+        top, order = score.sort(dim=-1, descending=True, stable=True)
+        rank = torch.arange(most, device=score.device)
+        kept = (rank < keep[:, None, :, None]) & (top[..., :most] > -torch.inf)
+        return torch.where(kept, order[..., :most], -1)
 
     def _shown(self, layout: Layout, start: Tensor, pages: int) -> Tensor:
         """Whether the model shows a query the last key of a page: (B, 1, Q, P), or all (1,)."""
@@ -108,7 +123,9 @@ class Quest(AttentionMethod):
     dense_layers : first layers that keep full attention; 2 as in the reference code.
 
     The heads that share keys share pages: their scores are summed. The page being filled is
-    always read. All keys stay in the cache; the summaries take 1/page_size more.
+    always read, of equal scores the earlier pages. All keys stay in the cache; the summaries take
+    1/page_size more. On a GPU one kernel bounds the pages and one chooses and attends (backend
+    ``triton_decode``); padded batches and several tokens at once read lists of keys instead.
 
     Examples
     --------
@@ -133,7 +150,7 @@ class Quest(AttentionMethod):
         pattern="pages of keys per query and key-value head",
         budget="number of keys, or sparsity over visible pages",
         schedule="every decoded token",
-        kernel="page gather, fused attention",
+        kernel="page scores; choice, page gather and attention in one (Triton)",
         departs="heads of a group share pages by summed scores; the open page is always read",
     )
     phases: ClassVar = frozenset({"decode"})

@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from gossamer.kernels.page_attention import page_refusal
+from gossamer.kernels.page_attention import page_bounds, page_refusal
 from gossamer.kernels.page_attention import page_scores as page_scores_kernel
 from gossamer.methods.attention.executor import Call
 from gossamer.methods.attention.layout import Layout
@@ -74,45 +74,63 @@ def page_scores(query: Tensor, first: Tensor, second: Tensor, scorer: Scorer) ->
     return mean + spread
 
 
-def complete_pages(key: Tensor, start: Tensor, page: int, low: int, high: int) -> Tensor:
+def complete_pages(key: Tensor, start: int | Tensor, page: int, low: int, high: int) -> Tensor:
     """Pages low .. high - 1 of every row: (B, G, high - low, page, D).
 
     Parameters
     ----------
-    key : (B, G, K, D). start : (B or 1,) place of each row's first real key. Places beyond the
-        keys repeat the last one: a row that has fewer pages must not read them.
+    key : (B, G, K, D). start : place of the first real key, of all rows or (B,) of each. Places
+        beyond the keys repeat the last one: a row that has fewer pages must not read them.
     """
     batch, heads, keys, width = key.shape
-    if len(start) == 1 or bool((start == start[0]).all()):
-        at = int(start[0]) + low * page
-        if at + (high - low) * page <= keys:
-            piece = key[:, :, at : at + (high - low) * page]
-            return piece.unflatten(2, (high - low, page))
+    if isinstance(start, int):
+        return _piece(key, start, page, low, high).unflatten(2, (high - low, page))
     place = start[:, None] + torch.arange(low * page, high * page, device=key.device)
     place = place.clamp_max(keys - 1).expand(batch, -1)[:, None, :, None]
     return key.gather(2, place.expand(-1, heads, -1, width)).unflatten(2, (-1, page))
 
 
+def _piece(key: Tensor, start: int, page: int, low: int, high: int) -> Tensor:
+    return key[:, :, start + low * page : start + high * page]
+
+
+def _summaries(
+    key: Tensor, start: int | Tensor, page: int, low: int, high: int, scorer: Scorer
+) -> tuple[Tensor, Tensor]:
+    """:func:`page_summary` of pages low .. high - 1 of every row; in one pass on a GPU."""
+    if isinstance(start, int):
+        piece = _piece(key, start, page, low, high)
+        if page_refusal(piece[:, :, :1], piece, piece, page) is None:
+            return page_bounds(piece, page, scorer)
+    return page_summary(complete_pages(key, start, page, low, high), scorer)
+
+
 def remembered_pages(
     call: Call, layout: Layout, page: int, scorer: Scorer
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, int | Tensor]:
     """Summaries of all complete pages of a call; those seen before come from its state.
+
+    Without padding nothing waits for the device.
 
     Returns
     -------
-    first, second : (B, G, P, D). start : (B or 1,) place of each row's first real key.
+    first, second : (B, G, P, D). start : place of the first real key, of all rows (0) or (B,) of
+        each.
     """
     state = call.state
-    start = (layout.first - layout.key_offset).clamp_min(0)
+    start = _start(layout)
+    if isinstance(start, int):
+        earliest = latest = start
+    else:
+        earliest, latest = torch.stack(start.aminmax()).tolist()
     ends = min(layout.end - layout.key_offset, layout.keys)
     # A page is complete for good once it is complete in every row.
-    settled = max(0, (ends - int(start.max())) // page)
-    every = max(0, (ends - int(start.min())) // page)
+    settled, every = (max(0, (ends - at) // page) for at in (latest, earliest))
     if layout.key_offset or not layout.regular:
         state = LayerState()  # the first key moves from call to call
     known = min(int(state.facts.get("pages", 0)), settled)
     if settled > known:
-        fresh = page_summary(complete_pages(call.key, start, page, known, settled), scorer)
+        fresh = _summaries(call.key, start, page, known, settled, scorer)
         for name, new in zip(("first", "second"), fresh, strict=True):
             old = state.tensors.get(name)
             state.tensors[name] = new.clone() if old is None else torch.cat([old, new], dim=2)
@@ -120,6 +138,16 @@ def remembered_pages(
     empty = call.key[:, :, :0]
     kept = [state.tensors.get(name, empty)[:, :, :settled] for name in ("first", "second")]
     if every > settled:
-        late = page_summary(complete_pages(call.key, start, page, settled, every), scorer)
+        late = _summaries(call.key, start, page, settled, every, scorer)
         kept = [torch.cat([old, new], dim=2) for old, new in zip(kept, late, strict=True)]
     return kept[0], kept[1], start
+
+
+def _start(layout: Layout) -> int | Tensor:
+    """Place of the first real key: one number where the rows agree, which a CPU is asked for."""
+    if layout.padding is None:
+        return 0
+    start = (layout.first - layout.key_offset).clamp_min(0)
+    if start.device.type == "cpu" and bool((start == start[0]).all()):
+        return int(start[0])
+    return start
