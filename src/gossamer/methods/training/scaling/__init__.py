@@ -1,0 +1,1 @@
+"""Pruning by consumed compute, parameters active over a training, and the law of their loss."""
