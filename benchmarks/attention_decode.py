@@ -106,6 +106,13 @@ def choose_and_attend(
     return page_decode(q, k, v, score, keep, page)
 
 
+def tuned(
+    q: Tensor, k: Tensor, v: Tensor, one: Tensor, two: Tensor, keep: int, page: int, plan: Plan
+) -> Tensor:
+    score, scale = page_scores(q, one, two), WIDTH**-0.5
+    return decode(q, k, v, page, end=k.shape[2], scale=scale, score=score, keep=keep, plan=plan)
+
+
 def report(
     label: str, times: dict[str, list[float]], moved: dict[str, int], records: list[dict]
 ) -> None:
@@ -207,9 +214,9 @@ def main() -> None:
                         plans: list[Plan | None] = [None]
                         if given.tune:
                             plans += [
-                                Plan(max(1, splits // batch), *rest, 3)
-                                for splits in (16, 32)
-                                for rest in ((64, 4), (128, 8))
+                                Plan(max(1, splits // batch), *rest)
+                                for splits in (16, 32, 64)
+                                for rest in ((64, 4, 3), (64, 4, 5), (64, 8, 3), (128, 8, 3))
                             ]
                         for plan in plans:
                             name = f"attend, {page}" + ("" if plan is None else f" {tuple(plan)}")
@@ -219,6 +226,13 @@ def main() -> None:
                                 for q, kv, at in zip(queries, caches, known, strict=True)
                             ]  # fmt: skip
                             moved[name] = int(one_kv * given.kept)
+                            if plan is not None:
+                                name = f"choose + {name}"
+                                calls[name] = [
+                                    partial(tuned, q, *kv, *b, keep, page, plan)
+                                    for q, kv, b in zip(queries, caches, found, strict=True)
+                                ]
+                                moved[name] = int(one_kv * (given.kept + 1 / page))
                 for name, call in calls.items():
                     graphs[name] = graph(call)
                 held.append(calls)

@@ -148,7 +148,7 @@ def decode(
     if score is not None:
         pages = score.shape[2]
         space = triton.next_power_of_2(triton.cdiv(keep, plan.splits))
-        padded = triton.next_power_of_2(pages + 1)
+        padded = max(2, triton.next_power_of_2(pages))
         room = torch.empty(rows * plan.splits * space, device=device, dtype=torch.int32)
     else:
         assert indptr is not None

@@ -124,34 +124,47 @@ def _choose(score_ptr, list_ptr, OWN, KEEP, low, high, PP: tl.constexpr):
     Pages before OWN have scores. Of equal scores the earlier pages are taken.
     """
     n = tl.arange(0, PP)
-    bits = tl.load(score_ptr + n, mask=n < OWN, other=0.0).to(tl.int32, bitcast=True)
+    there = n < OWN
+    wanted = KEEP - 1
+    bits = tl.load(score_ptr + n, mask=there, other=0.0).to(tl.int32, bitcast=True)
     # As unsigned numbers in the order of the scores; 0 is below every score but NaN's.
     bits = tl.where(bits < 0, ~bits, bits ^ -2147483648)
-    number = bits.to(tl.uint32, bitcast=True)
-    number = tl.where(n < OWN, tl.maximum(number, 1), 0)
-    number = tl.where(n == OWN, 4294967295, number).to(tl.uint32)
-    # The KEEP-th largest, two bits a turn: three counts in one sum.
-    found = tl.full((), 0, tl.uint32)
-    for turn in tl.static_range(16):
-        one = (number >= (found | (1 << (30 - 2 * turn)))).to(tl.int64)
-        two = (number >= (found | (2 << (30 - 2 * turn)))).to(tl.int64)
-        three = (number >= (found | (3 << (30 - 2 * turn)))).to(tl.int64)
+    number = tl.where(there, tl.maximum(bits.to(tl.uint32, bitcast=True), 1), 0).to(tl.uint32)
+    # All scores begin with the bits that the greatest and the least of them share.
+    most = tl.max(number.to(tl.int64), 0)
+    least = tl.min(tl.where(there, number.to(tl.int64), most), 0)
+    length = ((most ^ least) | 1).to(tl.float32).to(tl.int32, bitcast=True)
+    shift = tl.minimum(((length >> 23) - 127) & -2, 30)
+    found = ((most >> shift >> 2) << 2 << shift).to(tl.uint32)
+    # The least prefix that so many scores reach, two bits a turn: three counts in one sum.
+    reached = OWN
+    while (shift >= 0) & (reached != wanted):
+        one = (number >= (found + (1 << shift).to(tl.uint32))).to(tl.int64)
+        two = (number >= (found + (2 << shift).to(tl.uint32))).to(tl.int64)
+        three = (number >= (found + (3 << shift).to(tl.uint32))).to(tl.int64)
         count = tl.sum(one + (two << 20) + (three << 40), 0)
-        digit = (
-            ((count & 0xFFFFF) >= KEEP).to(tl.uint32)
-            + (((count >> 20) & 0xFFFFF) >= KEEP).to(tl.uint32)
-            + ((count >> 40) >= KEEP).to(tl.uint32)
-        )
-        found = found | (digit << (30 - 2 * turn))
-    above = (number > found).to(tl.int32)
-    equal = (number == found).to(tl.int32)
-    spare = KEEP - tl.sum(above, 0)
+        first = (count & 0xFFFFF).to(tl.int32)
+        second = ((count >> 20) & 0xFFFFF).to(tl.int32)
+        third = (count >> 40).to(tl.int32)
+        digit = (first >= wanted).to(tl.int32)
+        digit += (second >= wanted).to(tl.int32) + (third >= wanted).to(tl.int32)
+        reached = tl.where(digit == 1, first, tl.where(digit == 2, second, reached))
+        reached = tl.where(digit == 3, third, reached)
+        found = found + (digit << shift).to(tl.uint32)
+        shift -= 2
+    if wanted == 0:
+        found = tl.full((), 4294967295, tl.uint32)
+    # Of those that only just reach it, as many as there is room for.
+    above = ((number > found) & there).to(tl.int32)
+    equal = ((number == found) & there & (wanted > 0)).to(tl.int32)
+    spare = wanted - tl.sum(above, 0)
     both = tl.cumsum(above + (equal << 16), 0)
-    before = (both & 0xFFFF) - above
     same = (both >> 16) - equal
-    rank = before + tl.minimum(same, spare)
+    rank = (both & 0xFFFF) - above + tl.minimum(same, spare)
     mine = (above > 0) | ((equal > 0) & (same < spare))
     tl.store(list_ptr + rank - low, n, mask=mine & (rank >= low) & (rank < high))
+    # The row's own page comes last.
+    tl.store(list_ptr + wanted - low, OWN, mask=(wanted >= low) & (wanted < high))
 
 
 @triton.jit(do_not_specialize=["END", "PAGES", "KEEP"])
