@@ -1,36 +1,35 @@
 """Decisions on masks, layer by layer: the first ones, pruning to a sparsity, exchanging.
 
-Masks are returned in the parameters' layout; quotas say what every layer keeps.
+Masks are returned in the parameters' layout, of the part that is here; quotas say what every layer
+keeps. Of sharded parameters one at a time is gathered, and rank 0 has the last word on its mask.
 """
 
-from collections.abc import Mapping
-from math import inf
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 from zlib import crc32
 
 import torch
 from torch import Tensor
 
-from gossamer.core import Budget, GossamerError, Unstructured, kept_count
+from gossamer.core import GossamerError, Unstructured
 from gossamer.core.exchange import grow, survivors, survivors_by_sign
 from gossamer.core.scores import uniform_random
 from gossamer.methods.training.sparsifier.change import Change
+from gossamer.methods.training.sparsifier.compete import chosen, competing
 from gossamer.methods.training.sparsifier.layers import Layer, Quota
 from gossamer.methods.training.sparsifier.masks import Held
 
 if TYPE_CHECKING:
     from gossamer.methods.training.base import SparseTraining
 
-__all__ = ["exchange", "first_masks", "prune_to"]
+__all__ = ["arranged", "exchange", "first_masks", "prune_to"]
+
+Decision = tuple[dict[str, Tensor], dict[str, Quota]]
 
 
 def _number(text: str) -> int:
     return crc32(text.encode())
-
-
-def _fresh(held: Mapping[str, Held]) -> dict[str, Tensor]:
-    # Of stacked experts that are no layers everything is kept.
-    return {path: torch.ones_like(one.mask) for path, one in held.items()}
 
 
 def first_masks(
@@ -39,36 +38,62 @@ def first_masks(
     quotas: Mapping[str, Quota],
     held: Mapping[str, Held],
     scores: Mapping[str, Tensor] | None,
-) -> tuple[dict[str, Tensor], dict[str, Quota]]:
-    """Masks of exactly the quota: random ones from the method's seed, or those of some scores."""
+) -> Decision:
+    """Masks of exactly the quota: random ones from the method's seed, or those of some scores.
+
+    Parameters
+    ----------
+    scores : by layer; of a sharded parameter those of the part that is here.
+    """
     if scores is None:
-        scores = {
-            layer.name: uniform_random(
-                layer.view(held[layer.parameter].mask),
-                _number(f"{method.seed}:mask:{layer.name}"),
-            )
-            for layer in layers
-        }
-    elif method.pattern == Unstructured("model"):
-        return _arranged(layers, held, *_compete(layers, scores, method.initial_sparsity))
-    chosen = {
-        name: quota.pattern.select(scores[name], quota.budget).mask()
-        for name, quota in quotas.items()
-    }
-    return _arranged(layers, held, chosen, quotas)
+        return arranged(layers, held, _random(method, layers, quotas, held))
+
+    def local(layer: Layer) -> Tensor:
+        score = scores[layer.name]
+        # Shards are of the parameter's own sides.
+        turned = layer.transposed and held[layer.parameter].layout.sharded
+        return score.T if turned else score
+
+    if method.pattern == Unstructured("model"):
+        found = competing(layers, held, local, method.initial_sparsity)
+    else:
+        found = chosen(layers, held, local, quotas)
+    return arranged(layers, held, found)
 
 
-def _arranged(
+def _random(
+    method: "SparseTraining",
+    layers: tuple[Layer, ...],
+    quotas: Mapping[str, Quota],
+    held: Mapping[str, Held],
+) -> Iterator[tuple[Layer, Tensor, Quota]]:
+    for layer in layers:
+        quota = quotas[layer.name]
+        like = torch.empty(layer.shape, device=held[layer.parameter].layout.working)
+        noise = uniform_random(like, _number(f"{method.seed}:mask:{layer.name}"))
+        yield layer, quota.pattern.select(noise, quota.budget).mask(), quota
+
+
+def arranged(
     layers: tuple[Layer, ...],
     held: Mapping[str, Held],
-    chosen: Mapping[str, Tensor],
-    quotas: Mapping[str, Quota],
-) -> tuple[dict[str, Tensor], dict[str, Quota]]:
-    """Masks of layers as masks of parameters."""
-    masks = _fresh(held)
-    for layer in layers:
-        layer.view(masks[layer.parameter]).copy_(chosen[layer.name])
-    return masks, dict(quotas)
+    found: Iterable[tuple[Layer, Tensor, Quota]],
+) -> Decision:
+    """Masks of layers as masks of parameters; wholes of sharded ones only as long as needed."""
+    waiting = Counter(layer.parameter for layer in layers)
+    masks: dict[str, Tensor] = {}
+    quotas: dict[str, Quota] = {}
+    for layer, mask, quota in found:
+        path, layout = layer.parameter, held[layer.parameter].layout
+        if path not in masks:
+            # Of stacked experts that are no layers everything is kept.
+            masks[path] = torch.ones(layout.shape, dtype=torch.bool, device=layout.working)
+        layer.view(masks[path]).copy_(mask)
+        quotas[layer.name] = quota
+        waiting[path] -= 1
+        if layout.sharded and not waiting[path]:
+            masks[path] = layout.agreed(masks[path])
+    return masks, quotas
 
 
 def prune_to(
@@ -77,51 +102,31 @@ def prune_to(
     held: Mapping[str, Held],
     removed: Mapping[str, Tensor],
     sparsity: float,
-) -> tuple[dict[str, Tensor], dict[str, Quota]]:
+) -> Decision:
     """Keep the largest weights; removed values, where they are remembered, compete.
 
     Returns
     -------
     Masks, and what every layer now keeps.
     """
-    scores: dict[str, Tensor] = {}
-    for layer in layers:
+
+    def local(layer: Layer) -> Tensor:
         one = held[layer.parameter]
-        value = one.master.detach()
+        of = _itself if one.layout.sharded else layer.view
+        value = of(one.trained)
         if layer.parameter in removed:
-            score = (value + removed[layer.parameter]).abs().float()
-        else:
-            score = torch.where(one.mask, value.abs().float(), -1.0)
-        scores[layer.name] = layer.view(score)
+            return (value + of(removed[layer.parameter])).abs().float()
+        return torch.where(of(one.mask), value.abs().float(), -1.0)
+
     if method.pattern == Unstructured("model"):
-        chosen, quotas = _compete(layers, scores, sparsity)
+        found = competing(layers, held, local, sparsity)
     else:
-        quotas = method.quotas(layers, sparsity)
-        chosen = {
-            layer.name: quotas[layer.name]
-            .pattern.select(scores[layer.name], quotas[layer.name].budget)
-            .mask()
-            for layer in layers
-        }
-    return _arranged(layers, held, chosen, quotas)
+        found = chosen(layers, held, local, method.quotas(layers, sparsity))
+    return arranged(layers, held, found)
 
 
-def _compete(
-    layers: tuple[Layer, ...], scores: Mapping[str, Tensor], sparsity: float
-) -> tuple[dict[str, Tensor], dict[str, Quota]]:
-    """One competition over all layers, in which the largest weight of each one is safe."""
-    keep = max(kept_count(sum(layer.size for layer in layers), sparsity), len(layers))
-    safe = {name: score.clone() for name, score in scores.items()}
-    for score in safe.values():
-        best = torch.unravel_index(score.argmax(), score.shape)
-        score[best] = inf
-    found = Unstructured("model").select_model(safe, Budget(keep=keep))
-    quotas: dict[str, Quota] = {}
-    for layer in layers:
-        kept = found[layer.name].kept
-        floored = kept == 1 and layer.size > 1
-        quotas[layer.name] = Quota(Unstructured("layer"), kept, floored)
-    return {name: selection.mask() for name, selection in found.items()}, quotas
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def exchange(
@@ -143,32 +148,48 @@ def exchange(
     -------
     Masks, and per parameter where weights grew with their values, None for zeros.
     """
-    masks = {path: one.mask.clone() for path, one in held.items()}
-    grown = {path: torch.zeros_like(one.mask) for path, one in held.items()}
-    drawn: dict[str, Tensor | None] = {
-        path: torch.zeros_like(one.master, dtype=torch.float32) if change.grown_std else None
-        for path, one in held.items()
-    }
-    for layer in layers:
-        one, quota = held[layer.parameter], quotas[layer.name]
-        mask, weight = layer.view(one.mask), layer.view(one.master.detach())
-        if change.by_sign:
-            left = survivors_by_sign(weight, mask, change.exchange)
-        else:
-            left = survivors(weight, mask, change.exchange, quota.pattern)
-        if change.growth == "random":
-            score = uniform_random(mask, _number(f"{seed}:grow:{layer.name}"))
-        else:
-            score = layer.view(signal[layer.parameter])
-        try:
-            new = grow(left, score, quota.pattern, quota.budget)
-        except GossamerError as error:
-            raise GossamerError(f"{layer.name}: {error}") from None
-        layer.view(masks[layer.parameter]).copy_(new)
-        layer.view(grown[layer.parameter]).copy_(new & ~left)
-        values = drawn[layer.parameter]
-        if values is not None:
-            generator = torch.Generator().manual_seed(_number(f"{seed}:value:{layer.name}"))
-            normal = torch.randn(tuple(mask.shape), generator=generator) * change.grown_std
-            layer.view(values).copy_(normal)
-    return masks, {path: (grown[path], drawn[path]) for path in held}
+    masks: dict[str, Tensor] = {}
+    renewed: dict[str, tuple[Tensor, Tensor | None]] = {}
+    for path, one in held.items():
+        layout = one.layout
+        mask, weight = layout.full(one.mask), layout.full(one.trained)
+        size = None if change.growth == "random" else layout.full(signal[path])
+        new, grown = mask.clone(), torch.zeros_like(mask)
+        drawn = torch.zeros_like(weight, dtype=torch.float32) if change.grown_std else None
+        for layer in (layer for layer in layers if layer.parameter == path):
+            score = None if size is None else layer.view(size)
+            left, kept = _exchanged(
+                layer, quotas[layer.name], layer.view(mask), layer.view(weight), score, change, seed
+            )
+            layer.view(new).copy_(kept)
+            layer.view(grown).copy_(kept & ~left)
+            if drawn is not None:
+                generator = torch.Generator().manual_seed(_number(f"{seed}:value:{layer.name}"))
+                normal = torch.randn(layer.shape, generator=generator) * change.grown_std
+                layer.view(drawn).copy_(normal)
+        masks[path] = layout.agreed(new) if layout.sharded else new
+        values = None if drawn is None else layout.part(drawn)
+        renewed[path] = (layout.part(grown), values)
+    return masks, renewed
+
+
+def _exchanged(
+    layer: Layer,
+    quota: Quota,
+    mask: Tensor,
+    weight: Tensor,
+    score: Tensor | None,
+    change: Change,
+    seed: str,
+) -> tuple[Tensor, Tensor]:
+    """What survives of one layer (O, I), and its new mask."""
+    if change.by_sign:
+        left = survivors_by_sign(weight, mask, change.exchange)
+    else:
+        left = survivors(weight, mask, change.exchange, quota.pattern)
+    if score is None:
+        score = uniform_random(mask, _number(f"{seed}:grow:{layer.name}"))
+    try:
+        return left, grow(left, score, quota.pattern, quota.budget)
+    except GossamerError as error:
+        raise GossamerError(f"{layer.name}: {error}") from None

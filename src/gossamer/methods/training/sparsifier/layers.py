@@ -3,7 +3,7 @@
 Shapes: (O, I) for linear layers, however they are stored; (O, I, kernel sides) for convolutions.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from math import prod
@@ -23,9 +23,10 @@ from gossamer.core import (
     unknown,
 )
 from gossamer.core import allocate as split
+from gossamer.methods.training.sparsifier.layout import everywhere, here
 from gossamer.models import find_sites
 
-__all__ = ["Allocation", "Layer", "Quota", "find_layers", "plain_module", "quotas"]
+__all__ = ["Allocation", "Layer", "Quota", "find_layers", "other_weights", "plain_module", "quotas"]
 
 Allocation = Literal["uniform", "uniform_plus", "er", "erk"]
 
@@ -104,7 +105,10 @@ def find_layers(model: nn.Module, skip: str = "") -> tuple[Layer, ...]:
         raise GossamerError(f"{type(model).__name__} has no linear layer left to make sparse")
     for layer in left:
         weight = model.get_parameter(layer.parameter)
-        if not bool(weight.isfinite().all()):
+        finite = bool(here(weight).isfinite().all())
+        if hasattr(weight, "device_mesh"):
+            finite = everywhere(finite, weight.device_mesh.device_type)
+        if not finite:
             raise GossamerError(
                 f"{layer.name} holds NaN or infinite weights, which have no rank; "
                 "start from finite weights"
@@ -149,6 +153,13 @@ def _modules(model: nn.Module) -> list[Layer]:
         shape = tuple(module.weight.shape)
         layers.append(Layer(name or type(module).__name__.lower(), role, 0, path, shape))
     return layers
+
+
+def other_weights(model: nn.Module, covered: Iterable[Tensor]) -> int:
+    """Number of weights of linear layers and convolutions that are none of the covered ones."""
+    known = {id(weight) for weight in covered}
+    modules = (module for module in model.modules() if isinstance(module, _KINDS))
+    return sum(module.weight.numel() for module in modules if id(module.weight) not in known)
 
 
 @dataclass(frozen=True)

@@ -1,16 +1,17 @@
 """Masks of parameters while they train: applied to weights, gradients and optimizer state.
 
 A mask is a bool tensor of its parameter's shape, however that is stored; layers see their part.
+Of a parameter sharded over processes, a mask has the shape of the part that is here.
 """
 
 from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from gossamer.core import GossamerError, pack_bits, unpack_bits
+from gossamer.core import GossamerError
+from gossamer.methods.training.sparsifier.layout import Layout, here, world
 
 __all__ = ["Held", "check_optimizer", "masked", "plain_optimizer", "same_everywhere", "world"]
 
@@ -24,23 +25,55 @@ class Held:
     ----------
     weight : the model's parameter.
     master : what the optimizer updates: the parameter itself, or its copy in higher precision.
+
+    Attributes
+    ----------
+    layout : where its entries are. mask : True where kept, of the entries that are here.
     """
 
     def __init__(self, path: str, weight: nn.Parameter, master: Tensor) -> None:
         self.path = path
         self.weight = weight
         self.master = master
-        self.mask = torch.ones_like(weight, dtype=torch.bool)
+        self.layout = Layout(path, weight)
+        self.mask = torch.ones_like(here(weight), dtype=torch.bool)
+
+    @property
+    def shown(self) -> Tensor:
+        """The weight's entries that are here."""
+        return here(self.weight.detach())
+
+    @property
+    def trained(self) -> Tensor:
+        """The master's entries that are here."""
+        return here(self.master.detach())
+
+    @property
+    def gradient(self) -> Tensor | None:
+        """The gradient's entries that are here."""
+        return None if self.master.grad is None else here(self.master.grad)
+
+    @property
+    def values(self) -> tuple[Tensor, ...]:
+        """Weight and master, of what is here; one of them where they are the same."""
+        own = self.master is self.weight
+        return (self.shown,) if own else (self.shown, self.trained)
+
+    def mask_gradient(self, parameter: Tensor) -> None:
+        """Set a sharded parameter's gradient to zero where weights are removed."""
+        gradient = here(parameter.grad)
+        if str(self.layout.working) != gradient.device.type:
+            # Offloaded: the copy to where the mask is may still be under way.
+            torch.accelerator.current_stream().synchronize()
+        gradient.mul_(self.mask.view(torch.uint8).to(gradient.dtype))
 
     def tensors(self, optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
-        """The weight, its master, and all optimizer state of its shape."""
-        yield self.weight
-        if self.master is not self.weight:
-            yield self.master
+        """The weight, its master, and all optimizer state of its shape: what is here of them."""
+        yield from self.values
         state = cast(Mapping[Any, Mapping[str, Any]], optimizer.state)
         for value in state.get(self.master, {}).values():
             if isinstance(value, Tensor) and value.shape == self.weight.shape:
-                yield value
+                yield here(value)
 
     @torch.no_grad()
     def enforce(self, optimizer: torch.optim.Optimizer) -> None:
@@ -109,22 +142,19 @@ def check_optimizer(optimizer: torch.optim.Optimizer, held: Mapping[str, Held]) 
                 )
 
 
-def world() -> int:
-    """Number of processes that train together."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def same_everywhere(masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The masks of rank 0 on every rank.
+def same_everywhere(
+    masks: Mapping[str, Tensor], held: Mapping[str, Held] | None = None
+) -> dict[str, Tensor]:
+    """The masks of rank 0 on every rank, of parameters that are not sharded.
 
     Decisions come from reduced gradients and equal weights, so they agree as it is; this makes it
-    certain where a kernel's order of summation differs between devices.
+    certain where a kernel's order of summation differs between devices. Masks of shards were
+    agreed on as a whole before they were split.
     """
     if world() == 1:
         return dict(masks)
-    agreed: dict[str, Tensor] = {}
-    for path, mask in masks.items():
-        bits = pack_bits(mask)
-        dist.broadcast(bits, src=0)
-        agreed[path] = unpack_bits(bits, tuple(mask.shape))
-    return agreed
+    whole = {path: held is None or not held[path].layout.sharded for path in masks}
+    return {
+        path: Layout(path, mask).agreed(mask) if whole[path] else mask
+        for path, mask in masks.items()
+    }

@@ -4,25 +4,26 @@ Between two updates it only masks gradients. After every update it sets removed 
 optimizer state to zero, and at the updates its method names it changes the masks.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from gossamer.core import GossamerError, Unstructured, pack_bits, unpack_bits
+from gossamer.core import GossamerError, Unstructured, pack_bits
 from gossamer.methods.training.sparsifier.change import Change, StartLoss
 from gossamer.methods.training.sparsifier.decide import exchange, first_masks, prune_to
 from gossamer.methods.training.sparsifier.flops import TrainingFlops
-from gossamer.methods.training.sparsifier.layers import Layer, Quota, plain_module
+from gossamer.methods.training.sparsifier.layers import Layer, Quota, other_weights, plain_module
+from gossamer.methods.training.sparsifier.layout import here, reshard, size_of
 from gossamer.methods.training.sparsifier.masks import (
     Held,
     check_optimizer,
     masked,
     plain_optimizer,
     same_everywhere,
-    world,
 )
+from gossamer.methods.training.sparsifier.saving import check_state, common_state, masks_of
 from gossamer.methods.training.sparsifier.trained import SparselyTrained
 
 if TYPE_CHECKING:
@@ -35,7 +36,8 @@ class Sparsifier:
     """Keeps a model sparse while any loop trains it: call :meth:`step` after every update.
 
     Made by ``Method(...).attach(model, optimizer)``. Where a gradient scaler leaves an update out,
-    :meth:`step` does nothing. All processes of a distributed training hold the same masks.
+    :meth:`step` does nothing. All processes of a distributed training hold the same masks; where
+    parameters are sharded, each holds its part, and what reads whole masks is collective.
 
     Attributes
     ----------
@@ -58,6 +60,7 @@ class Sparsifier:
     ) -> None:
         self.method = method
         self.model = plain_module(model)
+        reshard(self.model)
         self.optimizer = plain_optimizer(optimizer)
         self.layers: tuple[Layer, ...] = method.layers_of(self.model)
         self.updates = 0
@@ -65,13 +68,7 @@ class Sparsifier:
         self.held = self._hold(masters or {})
         check_optimizer(self.optimizer, self.held)
         self.quotas = method.quotas(self.layers, method.initial_sparsity)
-        covered = {id(one.weight) for one in self.held.values()}
-        others = sum(
-            m.weight.numel()
-            for m in self.model.modules()
-            if isinstance(m, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)
-            and id(m.weight) not in covered
-        )
+        others = other_weights(self.model, [one.weight for one in self.held.values()])
         sizes = {layer.name: layer.size for layer in self.layers}
         self.flops = TrainingFlops(sizes, others=float(others))
         self._kept = sizes
@@ -80,7 +77,7 @@ class Sparsifier:
         self._signal: dict[str, Tensor] = {}
         self._stepped = False
         if method.remembers_removed:
-            self._removed = {path: torch.zeros_like(one.master) for path, one in self.held.items()}
+            self._removed = {path: torch.zeros_like(one.trained) for path, one in self.held.items()}
         if state is None:
             self._begin(loss)
         else:
@@ -97,11 +94,6 @@ class Sparsifier:
             if layer.parameter in held:
                 continue
             weight = self.model.get_parameter(layer.parameter)
-            if hasattr(weight, "device_mesh"):
-                raise GossamerError(
-                    f"{layer.parameter} is sharded over processes (FSDP); "
-                    "replicate the model with DistributedDataParallel"
-                )
             if not weight.requires_grad:
                 raise GossamerError(f"{layer.parameter} does not train; skip {layer.name}")
             master = masters.get(layer.parameter, weight)
@@ -113,6 +105,11 @@ class Sparsifier:
             held[layer.parameter] = Held(layer.parameter, weight, master)
         return held
 
+    @property
+    def sharded(self) -> bool:
+        """Whether parameters lie in shards over processes."""
+        return any(one.layout.sharded for one in self.held.values())
+
     def _begin(self, loss: StartLoss | None) -> None:
         scores = self.method.start_scores(self.model, self.layers, loss)
         masks, self.quotas = first_masks(self.method, self.layers, self.quotas, self.held, scores)
@@ -122,7 +119,12 @@ class Sparsifier:
     def _watch(self) -> None:
         """Hooks on gradients and on the optimizer's step; undone by :meth:`remove`."""
         for one in self.held.values():
-            self._handles.append(one.weight.register_hook(self._mask_gradient(one)))
+            if one.layout.sharded:
+                # Gradients reach shards by reduction, which no other hook sees.
+                hook = one.weight.register_post_accumulate_grad_hook(self._mask_shard(one))
+            else:
+                hook = one.weight.register_hook(self._mask_gradient(one))
+            self._handles.append(hook)
         self._handles.append(self.optimizer.register_step_pre_hook(self._before_update))
         self._handles.append(self.optimizer.register_step_post_hook(self._after_update))
 
@@ -148,6 +150,13 @@ class Sparsifier:
 
         return hook
 
+    def _mask_shard(self, one: Held) -> Any:
+        def hook(parameter: Tensor) -> None:
+            if not self.needs_dense_gradient:
+                one.mask_gradient(parameter)
+
+        return hook
+
     def _before_update(self, *_: Any) -> None:
         if self._stepped:
             raise GossamerError(
@@ -157,7 +166,7 @@ class Sparsifier:
             return
         assert self._change is not None
         for path, one in self.held.items():
-            gradient = one.master.grad
+            gradient = one.gradient
             if gradient is None:
                 raise GossamerError(
                     f"{path} has no gradient at update {self.updates + 1}, where masks grow by "
@@ -232,41 +241,47 @@ class Sparsifier:
         ----------
         renew : parameter to (where weights grew, their values or None for zeros).
         """
-        for path, mask in same_everywhere(masks).items():
+        for path, mask in same_everywhere(masks, self.held).items():
             one = self.held[path]
             gone, back = one.mask & ~mask, mask & ~one.mask
             if path in self._removed:
-                self._removed[path].add_(one.master.detach() * gone)
+                self._removed[path].add_(one.trained * gone)
             one.mask.copy_(mask)
             one.clear(self.optimizer, gone)
             if path in self._removed and renew is None:
-                for tensor in {id(t): t for t in (one.weight, one.master)}.values():
+                for tensor in one.values:
                     tensor.add_(self._removed[path] * back)
                 self._removed[path].masked_fill_(back, 0)
             if renew is not None:
                 grown, values = renew[path]
                 one.clear(self.optimizer, grown & mask)
                 if values is not None:
-                    for tensor in {id(t): t for t in (one.weight, one.master)}.values():
+                    for tensor in one.values:
                         tensor.add_((values * (grown & mask)).to(tensor))
         self._count()
 
     # -- reading ----------------------------------------------------------------------------
 
     def mask(self, name: str) -> Tensor:
-        """The mask of a layer, (O, I); True where kept."""
+        """The mask of a layer, (O, I); True where kept. Collective where it is sharded."""
         layer = next(layer for layer in self.layers if layer.name == name)
-        return layer.view(self.held[layer.parameter].mask)
+        one = self.held[layer.parameter]
+        return layer.view(one.layout.full(one.mask))
 
     def kept(self) -> dict[str, int]:
         """Number of kept weights of every layer."""
         return dict(self._kept)
 
+    def _whole_masks(self) -> Iterator[tuple[str, Tensor]]:
+        """Layers with their masks (O, I), one parameter after the other."""
+        for path, one in self.held.items():
+            full = one.layout.full(one.mask)
+            for layer in self.layers:
+                if layer.parameter == path:
+                    yield layer.name, layer.view(full)
+
     def _count(self) -> None:
-        self._kept = {
-            layer.name: int(layer.view(self.held[layer.parameter].mask).count_nonzero())
-            for layer in self.layers
-        }
+        self._kept = {name: int(mask.count_nonzero()) for name, mask in self._whole_masks()}
         if self.method.pattern == Unstructured("model"):
             # Where layers compete, what one of them keeps follows from its mask alone.
             layers = self._kept.items()
@@ -279,20 +294,20 @@ class Sparsifier:
 
     def memory(self) -> dict[str, int]:
         """Bytes held beside the model and the optimizer, by purpose."""
-        largest = max(one.weight.numel() * one.weight.element_size() for one in self.held.values())
+        held = self.held.values()
         signal = any(
             change is not None and change.dense_gradient
             for change in map(self.method.change, range(1, self.method.steps + 1))
         )
+        whole = max(one.weight.numel() for one in held) if self.sharded else 0
         return {
-            "masks": sum(one.mask.numel() for one in self.held.values()),
-            "a mask while it is applied": largest,
-            "gradients while masks grow": signal
-            * sum(one.master.numel() * one.master.element_size() for one in self.held.values()),
-            "removed values": sum(t.numel() * t.element_size() for t in self._removed.values()),
-            "dense weights, to undo": sum(
-                t.numel() * t.element_size() for t in (self._before or {}).values()
-            ),
+            "masks": size_of(one.mask for one in held),
+            "a mask while it is applied": max(size_of([one.shown]) for one in held),
+            "gradients while masks grow": signal * size_of(one.trained for one in held),
+            # Weights and gradients in float32 and two masks, of one parameter.
+            "the largest parameter while masks are decided": whole * (4 + 4 * signal + 2),
+            "removed values": size_of(self._removed.values()),
+            "dense weights, to undo": size_of(map(here, (self._before or {}).values())),
         }
 
     # -- stopping and going on --------------------------------------------------------------
@@ -301,14 +316,9 @@ class Sparsifier:
         """What :meth:`load_state_dict` needs to go on exactly: plain values and tensors."""
         if self._stepped:
             raise GossamerError("call sparsifier.step() before saving its state")
-        return {
-            "method": self.method.to_dict(),
-            "updates": self.updates,
-            "world_size": world(),
-            "flops": self.flops.to_dict(),
-            "masks": {path: pack_bits(one.mask).cpu() for path, one in self.held.items()},
-            "removed": {path: value.clone() for path, value in self._removed.items()},
-        }
+        state = common_state(self.method, self.updates, self.flops.to_dict(), self.held)
+        removed = {p: self.held[p].layout.wrap(v.clone()) for p, v in self._removed.items()}
+        return {**state, "removed": removed}
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -320,23 +330,10 @@ class Sparsifier:
         GossamerError
             If the state is of another method, model or number of processes.
         """
-        if dict(state["method"]) != self.method.to_dict():
-            wrong = [k for k, v in self.method.to_dict().items() if state["method"].get(k) != v]
-            raise GossamerError(
-                f"the state is of another training ({', '.join(wrong) or 'more parameters'} "
-                "differs); attach the method with the parameters it was saved with"
-            )
-        if state["world_size"] != world():
-            raise GossamerError(
-                f"the state was saved by {state['world_size']} processes, now there are {world()}; "
-                "resume with as many, since the batches and so the masks would differ"
-            )
-        if set(state["masks"]) != set(self.held):
-            odd = sorted(set(state["masks"]) ^ set(self.held))
-            raise GossamerError(f"the state does not fit the model's layers: {', '.join(odd[:3])}")
+        check_state(state, self.method, self.held)
         check_optimizer(self.optimizer, self.held)
-        for path, one in self.held.items():
-            one.mask.copy_(unpack_bits(state["masks"][path], tuple(one.mask.shape)))
+        for path, mask in masks_of(state, self.held):
+            self.held[path].mask.copy_(mask)
         self._take(state["removed"])
         self.updates = int(state["updates"])
         self.flops.load(state["flops"])
@@ -350,7 +347,7 @@ class Sparsifier:
         for path, one in self.held.items():
             one.enforce(self.optimizer)
             if path in self._removed:
-                self._removed[path].copy_(removed[path])
+                self._removed[path].copy_(one.layout.taken(removed[path]))
 
     def _remarks(self) -> tuple[str, ...]:
         return ()
@@ -379,7 +376,7 @@ class Sparsifier:
                 f"training ended at update {self.updates} of {self.method.steps}: "
                 f"the schedule is at a sparsity of {self.sparsity:.4f}"
             )
-        masks = {layer.name: pack_bits(self.mask(layer.name)).cpu() for layer in self.layers}
+        masks = {name: pack_bits(mask).cpu() for name, mask in self._whole_masks()}
         notes = (
             f"training took {self.flops.share:.1%} of the operations of a dense one of "
             f"{self.flops.updates} updates ({self.flops.dense_gradients} with all gradients)",
