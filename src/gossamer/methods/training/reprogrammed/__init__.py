@@ -1,0 +1,1 @@
+"""A frozen network made to do another task: a probe behind it, or a prompt before it."""
