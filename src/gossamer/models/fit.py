@@ -7,6 +7,7 @@ progress, and putting back modes, gradients and random state are decided here.
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from math import isfinite
 from typing import Any, Literal
 
@@ -153,6 +154,7 @@ def fit(
     loss: Loss = own_loss,
     progress: Progress | None = None,
     what: str = "training",
+    done: int = 0,
 ) -> tuple[float, ...]:
     """Train a model in place.
 
@@ -162,6 +164,7 @@ def fit(
     watch : gets the optimizer before the first update; what it returns runs after every update.
     loss : (model, batch) to a scalar; the model's own by default.
     progress : called with (updates done, updates, what).
+    done : updates of the plan that lie behind: goes on with the batch and the rate after them.
 
     Returns
     -------
@@ -189,7 +192,8 @@ def fit(
         model.train()
         optimizer = _optimizer(chosen, plan)
         after = watch(optimizer) if watch is not None else None
-        for step, batch in enumerate(batches(data, plan, chosen[0].device)):
+        left = islice(batches(data, plan, chosen[0].device), done, None)
+        for step, batch in enumerate(left, done):
             for group in optimizer.param_groups:
                 group["lr"] = plan.rate(step)
             value = loss(model, batch)

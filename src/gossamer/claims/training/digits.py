@@ -67,6 +67,8 @@ def train(
 ) -> Sparsifier | None:
     """Train with SGD whose rate falls linearly; dense without a method.
 
+    What was rewound goes on with the rate and the batch of its update.
+
     Parameters
     ----------
     method : or what attaches one to a network and an optimizer.
@@ -80,8 +82,11 @@ def train(
     else:
         sparsifier = None if method is None else method(net, optimizer)
     generator = torch.Generator().manual_seed(seed)
+    first = 0 if sparsifier is None else sparsifier.updates
     for step in range(steps):
         rows = torch.randint(len(x), (64,), generator=generator)
+        if step < first:
+            continue
         for group in optimizer.param_groups:
             group["lr"] = lr * (1.0 - step / steps)
         cross_entropy(net(x[rows]), y[rows]).backward()
