@@ -10,6 +10,7 @@ from gossamer.core.scores import taylor
 from gossamer.methods.training.at_start.scored import AtStart, gradients_of, needed
 from gossamer.methods.training.base import StartLoss
 from gossamer.methods.training.sparsifier.layers import Layer
+from gossamer.methods.training.sparsifier.layout import here
 
 __all__ = ["SNIP"]
 
@@ -43,13 +44,15 @@ class SNIP(AtStart):
         kernel="masked dense",
     )
 
+    takes_shards: ClassVar[bool] = True
+
     def scores(
         self, model: nn.Module, layers: tuple[Layer, ...], loss: StartLoss | None
     ) -> dict[str, Tensor]:
         gradients = gradients_of(needed(self, loss)(model), model, layers)
         return {
             layer.name: taylor(
-                layer.view(model.get_parameter(layer.parameter).detach()),
+                layer.view(here(model.get_parameter(layer.parameter).detach())),
                 layer.view(gradients[layer.parameter]),
             )
             for layer in layers

@@ -13,8 +13,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from gossamer.core import GossamerError, Pattern, Unstructured
 from gossamer.methods.training.base import Change, SparseTraining, StartLoss
 from gossamer.methods.training.sparsifier.layers import Layer
+from gossamer.methods.training.sparsifier.layout import here, is_sharded, mean_everywhere
 
-__all__ = ["AtStart", "gradients_of", "needed"]
+__all__ = ["AtStart", "gradients_of", "needed", "untouched"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +37,9 @@ class AtStart(SparseTraining):
 
     pattern: Pattern = Unstructured(per="model")
     invert: bool = False
+
+    takes_shards: ClassVar[bool] = False
+    """Whether a model sharded by ``fully_shard`` can be scored."""
 
     @abstractmethod
     def scores(
@@ -62,13 +66,21 @@ class AtStart(SparseTraining):
         self, model: nn.Module, layers: tuple[Layer, ...], loss: StartLoss | None
     ) -> dict[str, Tensor]:
         """The scores, or their negatives if inverted."""
-        with _untouched(model), torch.enable_grad():
+        weights = [model.get_parameter(layer.parameter) for layer in layers]
+        stacked = any(layer.expert is not None for layer in layers)
+        if any(map(is_sharded, weights)) and (stacked or not self.takes_shards):
+            raise GossamerError(
+                f"{self.key()} does not score {'experts in ' if stacked else ''}parameters sharded "
+                "by fully_shard; attach before sharding, keep its state_dict(), and attach again "
+                "with state= after it"
+            )
+        with untouched(model), torch.enable_grad():
             found = self.scores(model, layers, loss)
         return {name: -score if self.invert else score for name, score in found.items()}
 
 
 @contextmanager
-def _untouched(model: nn.Module) -> Iterator[None]:
+def untouched(model: nn.Module) -> Iterator[None]:
     """Evaluation mode and differentiable attention inside; modes and gradients put back."""
     modes = [(module, module.training) for module in model.modules()]
     gradients = [(p, p.grad) for p in model.parameters()]
@@ -97,11 +109,22 @@ def needed(method: SparseTraining, loss: StartLoss | None) -> StartLoss:
 def gradients_of(
     value: Tensor, model: nn.Module, layers: tuple[Layer, ...], *, create_graph: bool = False
 ) -> dict[str, Tensor]:
-    """Gradients of a scalar by parameter, for every parameter that holds a layer."""
+    """Gradients of a scalar by parameter, for every parameter that holds a layer.
+
+    Where processes train together, the mean of theirs; of sharded parameters the part that is here.
+    """
     paths = list(dict.fromkeys(layer.parameter for layer in layers))
     weights = [model.get_parameter(path) for path in paths]
+    if any(map(is_sharded, weights)):
+        # Reduction fills the shards' gradients, and only a whole backward pass runs it.
+        value.backward()
+        return {
+            path: torch.zeros_like(here(weight)) if weight.grad is None else here(weight.grad)
+            for path, weight in zip(paths, weights, strict=True)
+        }
     found = torch.autograd.grad(value, weights, create_graph=create_graph, allow_unused=True)
-    return {
+    gradients = {
         path: torch.zeros_like(weight) if gradient is None else gradient
         for path, weight, gradient in zip(paths, weights, found, strict=True)
     }
+    return gradients if create_graph else {k: mean_everywhere(v) for k, v in gradients.items()}

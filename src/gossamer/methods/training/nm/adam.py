@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gossamer.core import GossamerError
 
-__all__ = ["Decay", "adam_step", "check_adam"]
+__all__ = ["Decay", "adam_step", "check_adam", "start_adam"]
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,13 @@ def check_adam(optimizer: torch.optim.Optimizer, key: str) -> None:
             raise GossamerError(f"{key} changes Adam's update and knows it without {name} only")
 
 
+def start_adam(weight: Tensor, state: dict[str, Any]) -> None:
+    """Adam's state before the first update, under torch's names."""
+    state["step"] = torch.zeros(())
+    state["exp_avg"] = torch.zeros_like(weight)
+    state["exp_avg_sq"] = torch.zeros_like(weight)
+
+
 @torch.no_grad()
 def adam_step(
     weight: Tensor,
@@ -80,9 +87,7 @@ def adam_step(
     moments are corrected for their start at zero.
     """
     if not state:
-        state["step"] = torch.zeros(())
-        state["exp_avg"] = torch.zeros_like(weight)
-        state["exp_avg_sq"] = torch.zeros_like(weight)
+        start_adam(weight, state)
     state["step"] += 1
     step = float(state["step"])
     first, second = group["betas"]

@@ -5,6 +5,7 @@ its forward pass, so that any loop, transformers' Trainer included, trains on bo
 """
 
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -12,8 +13,10 @@ from torch import Tensor, nn
 from torch.nn.functional import kl_div
 
 from gossamer.core import GossamerError
+from gossamer.methods.training.sparsifier.layers import plain_module
+from gossamer.methods.training.sparsifier.layout import is_sharded
 
-__all__ = ["divergence", "mixing"]
+__all__ = ["divergence", "frozen_copy", "mixing"]
 
 _LABELS = ("labels", "num_items_in_batch")
 
@@ -35,6 +38,24 @@ def divergence(
         return temperature**2 * found.mean()
     wanted = where.to(found)
     return temperature**2 * (found * wanted).sum() / wanted.sum().clamp(min=1.0)
+
+
+def frozen_copy(model: nn.Module, key: str) -> nn.Module:
+    """The dense model as it now is, for teaching.
+
+    Raises
+    ------
+    GossamerError
+        If its parameters lie over processes, of which no copy can be made.
+    """
+    plain = plain_module(model)
+    if any(map(is_sharded, plain.parameters())):
+        raise GossamerError(
+            f"{key} learns from the dense model, and a model sharded by fully_shard cannot be "
+            "copied; attach with teacher= (a copy made before sharding, which may be sharded as "
+            "well), or train with distill=0"
+        )
+    return deepcopy(plain)
 
 
 def mixing(teacher: nn.Module, share: float, temperature: float) -> Callable[..., Any]:

@@ -5,8 +5,9 @@ weight's; no module is replaced. Shapes: O outputs, I inputs of a layer.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from math import prod
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -23,7 +24,10 @@ class Side(ABC):
     Attributes
     ----------
     tensors : by name. states : of Adam, by the same names.
+    by_row : names of those with a row for every output, which lie over processes as the weight.
     """
+
+    by_row: ClassVar[frozenset[str]]
 
     def __init__(self, **tensors: Tensor) -> None:
         self.tensors = tensors
@@ -42,10 +46,12 @@ class Side(ABC):
         weight : (O, I), what :meth:`shown` was given. gradient : changed in place.
         """
 
-    @property
-    def size(self) -> int:
-        """Number of values."""
-        return sum(tensor.numel() for tensor in self.tensors.values())
+    def size(self, rows: int) -> int:
+        """Number of values beside a weight of so many outputs, over all processes."""
+        return sum(
+            rows * prod(tensor.shape[1:]) if name in self.by_row else tensor.numel()
+            for name, tensor in self.tensors.items()
+        )
 
     def update(self, gradients: Mapping[str, Tensor], group: Mapping[str, Any]) -> None:
         """One update, at the rate of the layer's weights and without weight decay."""
@@ -56,6 +62,15 @@ class Side(ABC):
         }
         for name, gradient in gradients.items():
             adam_step(self.tensors[name], gradient, self.states[name], values)
+
+    def each_row(
+        self, values: Mapping[str, Tensor], do: Callable[[Tensor], Tensor]
+    ) -> dict[str, Tensor]:
+        """Values and moments by name, with something done to those with a row for every output."""
+        return {
+            name: do(value) if value.dim() and name.partition(".")[0] in self.by_row else value
+            for name, value in values.items()
+        }
 
     def to_dict(self) -> dict[str, Tensor]:
         """Values and Adam's state."""
@@ -78,6 +93,8 @@ class Side(ABC):
 class Scale(Side):
     """One factor for every output and each of ``parts`` equal parts of the inputs, at first 1."""
 
+    by_row = frozenset({"scale"})
+
     def __init__(self, weight: Tensor, parts: int) -> None:
         if weight.shape[1] % parts:
             raise GossamerError(
@@ -88,14 +105,18 @@ class Scale(Side):
 
     def shown(self, weight: Tensor) -> Tensor:
         """w · a, part by part."""
-        parts = weight.unflatten(1, (self.parts, -1))
+        parts = self._parts(weight)
         return (parts * self.tensors["scale"].unsqueeze(2)).flatten(1)
 
     def gradients(self, weight: Tensor, gradient: Tensor) -> dict[str, Tensor]:
         """Each factor's gradient is the part's Σ g · w; the weights' is g · a."""
-        found = (gradient * weight).unflatten(1, (self.parts, -1)).sum(2)
+        found = self._parts(gradient * weight).sum(2)
         gradient.copy_(self.shown(gradient))
         return {"scale": found}
+
+    def _parts(self, weight: Tensor) -> Tensor:
+        # Sizes in full: a shard may have no rows, from which none could be inferred.
+        return weight.unflatten(1, (self.parts, weight.shape[1] // self.parts))
 
 
 class LowRank(Side):
@@ -105,6 +126,8 @@ class LowRank(Side):
     ----------
     removed : (O, I), the removed weights, zeros elsewhere. block : inputs of a block, k.
     """
+
+    by_row = frozenset({"spread"})
 
     def __init__(self, removed: Tensor, block: int) -> None:
         rows, columns = removed.shape

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from math import prod
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
 
@@ -23,7 +23,7 @@ from gossamer.core import (
     unknown,
 )
 from gossamer.core import allocate as split
-from gossamer.methods.training.sparsifier.layout import everywhere, here
+from gossamer.methods.training.sparsifier.layout import everywhere, here, is_sharded
 from gossamer.models import find_sites
 
 __all__ = ["Allocation", "Layer", "Quota", "find_layers", "other_weights", "plain_module", "quotas"]
@@ -104,9 +104,9 @@ def find_layers(model: nn.Module, skip: str = "") -> tuple[Layer, ...]:
     if not left:
         raise GossamerError(f"{type(model).__name__} has no linear layer left to make sparse")
     for layer in left:
-        weight = model.get_parameter(layer.parameter)
+        weight: Any = model.get_parameter(layer.parameter)
         finite = bool(here(weight).isfinite().all())
-        if hasattr(weight, "device_mesh"):
+        if is_sharded(weight):
             finite = everywhere(finite, weight.device_mesh.device_type)
         if not finite:
             raise GossamerError(

@@ -5,7 +5,7 @@ one parameter at a time. Gathering and counting are collective: every process do
 """
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -13,7 +13,19 @@ from torch import Tensor, nn
 
 from gossamer.core import GossamerError, pack_bits, unpack_bits
 
-__all__ = ["Layout", "everywhere", "here", "reshard", "size_of", "sum_over_processes", "world"]
+N = TypeVar("N", int, float)
+
+__all__ = [
+    "Layout",
+    "everywhere",
+    "here",
+    "is_sharded",
+    "mean_everywhere",
+    "reshard",
+    "size_of",
+    "sum_over_processes",
+    "world",
+]
 
 
 def world() -> int:
@@ -23,12 +35,26 @@ def world() -> int:
 
 def here(tensor: Any) -> Tensor:
     """The part of a tensor on this process, sharing its memory; the tensor itself if whole."""
-    return tensor.detach().to_local() if hasattr(tensor, "device_mesh") else tensor
+    return tensor.detach().to_local() if is_sharded(tensor) else tensor
 
 
 def size_of(tensors: Iterable[Tensor]) -> int:
     """Bytes of some tensors."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def is_sharded(tensor: Any) -> bool:
+    """Whether a tensor lies in parts over processes (a DTensor)."""
+    return hasattr(tensor, "device_mesh")
+
+
+def mean_everywhere(tensor: Tensor) -> Tensor:
+    """The mean over processes. Collective."""
+    if world() == 1:
+        return tensor
+    total = tensor.detach().contiguous().clone()
+    dist.all_reduce(total)
+    return total / world()
 
 
 class Layout:
@@ -113,6 +139,15 @@ class Layout:
         shard = distribute_tensor(full, self.mesh, self.placements, src_data_rank=None)
         return shard.to_local().clone().to(self.device)
 
+    def added(self, tensor: Tensor) -> Tensor:
+        """The sum over all shards of what each of them found. Collective."""
+        for at, placement in enumerate(self.placements):
+            if hasattr(placement, "dim"):
+                sent = tensor.to(self.working, copy=True)
+                dist.all_reduce(sent, group=self.mesh.get_group(at))
+                tensor = sent.to(self.device)
+        return tensor
+
     def agreed(self, mask: Tensor) -> Tensor:
         """The part of a whole mask that belongs here, as rank 0 decided it. Collective."""
         if world() == 1:
@@ -129,7 +164,7 @@ class Layout:
         GossamerError
             If it is neither.
         """
-        whole = not hasattr(value, "device_mesh")
+        whole = not is_sharded(value)
         found = here(value)
         if whole and found.shape[:1] == self.shape[:1] and tuple(found.shape) != self.local:
             found = self.part(found)
@@ -147,13 +182,14 @@ def everywhere(flag: bool, device: Any) -> bool:
     return sum_over_processes([int(not flag)], device) == [0]
 
 
-def sum_over_processes(counts: list[int], device: Any) -> list[int]:
-    """Counts, added up over processes. Collective."""
+def sum_over_processes(counts: list[N], device: Any) -> list[N]:
+    """Numbers, added up over processes. Collective."""
     if world() == 1:
         return counts
-    total = torch.tensor(counts, dtype=torch.int64, device=device)
+    kind = torch.int64 if all(isinstance(count, int) for count in counts) else torch.float64
+    total = torch.tensor(counts, dtype=kind, device=device)
     dist.all_reduce(total)
-    return [int(count) for count in total]
+    return total.tolist()
 
 
 def reshard(model: nn.Module) -> None:

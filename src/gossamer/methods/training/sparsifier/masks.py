@@ -4,16 +4,26 @@ A mask is a bool tensor of its parameter's shape, however that is stored; layers
 Of a parameter sharded over processes, a mask has the shape of the part that is here.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from gossamer.core import GossamerError
-from gossamer.methods.training.sparsifier.layout import Layout, here, world
+from gossamer.methods.training.sparsifier.layers import Layer
+from gossamer.methods.training.sparsifier.layout import Layout, here, sum_over_processes, world
 
-__all__ = ["Held", "check_optimizer", "masked", "plain_optimizer", "same_everywhere", "world"]
+__all__ = [
+    "Held",
+    "check_optimizer",
+    "kept_counts",
+    "left_over",
+    "masked",
+    "plain_optimizer",
+    "same_everywhere",
+    "whole_masks",
+]
 
 _MOMENTS = ("momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum")
 
@@ -140,6 +150,44 @@ def check_optimizer(optimizer: torch.optim.Optimizer, held: Mapping[str, Held]) 
                     f"the optimizer's {name} of {path} has shape {tuple(value.shape)}, the weight "
                     f"{tuple(one.weight.shape)}; load the state saved with this model"
                 )
+
+
+def left_over(held: Mapping[str, Held], trained: Callable[[Held], Tensor]) -> float:
+    """Mean size of removed values over that of kept ones. Collective where they are sharded."""
+    found = [0.0, 0.0, 0.0, 0.0]
+    sharded = any(one.layout.sharded for one in held.values())
+    for one in held.values():
+        size = trained(one).abs().double()
+        for at, part in ((0, ~one.mask), (2, one.mask)):
+            if one.layout.mine or not sharded:
+                found[at] += float((size * part).sum())
+                found[at + 1] += int(part.count_nonzero())
+    if sharded:
+        found = sum_over_processes(found, next(iter(held.values())).layout.working)
+    gone, removed, stays, kept = found
+    return (gone / removed) / (stays / kept) if removed and stays else 0.0
+
+
+def kept_counts(layers: tuple[Layer, ...], held: Mapping[str, Held]) -> dict[str, int]:
+    """Number of kept weights of every layer. Collective where they are sharded."""
+    sharded = any(one.layout.sharded for one in held.values())
+    if sharded and all(layer.expert is None for layer in layers):
+        ones = [held[layer.parameter] for layer in layers]
+        found = [int(one.mask.count_nonzero()) * one.layout.mine for one in ones]
+        counts = sum_over_processes(found, ones[0].layout.working)
+        return dict(zip((layer.name for layer in layers), counts, strict=True))
+    return {name: int(mask.count_nonzero()) for name, mask in whole_masks(layers, held)}
+
+
+def whole_masks(
+    layers: tuple[Layer, ...], held: Mapping[str, Held]
+) -> Iterator[tuple[str, Tensor]]:
+    """Layers with their masks (O, I), one parameter after the other. Collective as above."""
+    for path, one in held.items():
+        full = one.layout.full(one.mask)
+        for layer in layers:
+            if layer.parameter == path:
+                yield layer.name, layer.view(full)
 
 
 def same_everywhere(

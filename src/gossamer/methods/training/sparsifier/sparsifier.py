@@ -4,7 +4,7 @@ Between two updates it only masks gradients. After every update it sets removed 
 optimizer state to zero, and at the updates its method names it changes the masks.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -15,13 +15,19 @@ from gossamer.methods.training.sparsifier.change import Change, StartLoss
 from gossamer.methods.training.sparsifier.decide import exchange, first_masks, prune_to
 from gossamer.methods.training.sparsifier.flops import TrainingFlops
 from gossamer.methods.training.sparsifier.layers import Layer, Quota, other_weights, plain_module
-from gossamer.methods.training.sparsifier.layout import here, reshard, size_of
+from gossamer.methods.training.sparsifier.layout import (
+    here,
+    reshard,
+    size_of,
+)
 from gossamer.methods.training.sparsifier.masks import (
     Held,
     check_optimizer,
+    kept_counts,
     masked,
     plain_optimizer,
     same_everywhere,
+    whole_masks,
 )
 from gossamer.methods.training.sparsifier.saving import check_state, common_state, masks_of
 from gossamer.methods.training.sparsifier.trained import SparselyTrained
@@ -272,16 +278,8 @@ class Sparsifier:
         """Number of kept weights of every layer."""
         return dict(self._kept)
 
-    def _whole_masks(self) -> Iterator[tuple[str, Tensor]]:
-        """Layers with their masks (O, I), one parameter after the other."""
-        for path, one in self.held.items():
-            full = one.layout.full(one.mask)
-            for layer in self.layers:
-                if layer.parameter == path:
-                    yield layer.name, layer.view(full)
-
     def _count(self) -> None:
-        self._kept = {name: int(mask.count_nonzero()) for name, mask in self._whole_masks()}
+        self._kept = kept_counts(self.layers, self.held)
         if self.method.pattern == Unstructured("model"):
             # Where layers compete, what one of them keeps follows from its mask alone.
             layers = self._kept.items()
@@ -376,7 +374,7 @@ class Sparsifier:
                 f"training ended at update {self.updates} of {self.method.steps}: "
                 f"the schedule is at a sparsity of {self.sparsity:.4f}"
             )
-        masks = {name: pack_bits(mask).cpu() for name, mask in self._whole_masks()}
+        masks = {name: pack_bits(mask).cpu() for name, mask in whole_masks(self.layers, self.held)}
         notes = (
             f"training took {self.flops.share:.1%} of the operations of a dense one of "
             f"{self.flops.updates} updates ({self.flops.dense_gradients} with all gradients)",
