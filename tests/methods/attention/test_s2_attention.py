@@ -86,7 +86,7 @@ def test_fewer_heads_than_the_stride_spread_over_it():
 def test_a_chunk_reads_what_the_whole_prompt_would(offset, queries):
     length = offset + queries
     whole = by_hand(length, heads=2, block=4, local=1, stride=2)
-    index = selector().index(Layout(1, queries, length, query_offset=offset))
+    index = selector().blocks(Layout(1, queries, length, query_offset=offset))
     assert torch.equal(index.mask()[0], whole[:, offset:])
 
 
@@ -97,7 +97,7 @@ def test_padding_moves_no_block(pad):
     padding = torch.ones(2, length + pad, dtype=torch.bool)
     padding[0, :pad] = False
     layout = Layout(2, length + pad, length + pad, padding=padding, causal=False)
-    index = selector().index(layout)
+    index = selector().blocks(layout)
     assert torch.equal(index.mask()[0, :, pad:, pad:], whole)
     longer = by_hand(length + pad, heads=2, block=4, local=1, stride=2)
     assert torch.equal(index.mask()[1], longer)
@@ -110,7 +110,7 @@ def test_executors_agree_with_the_rule():
     query = torch.randn(1, 4, 21, 8, generator=generator, dtype=torch.float64)
     key, value = torch.randn(2, 1, 2, 21, 8, generator=generator, dtype=torch.float64)
     call = Call(query, key, value)
-    index = selector().index(Layout(1, 21, 21))
+    index = selector().blocks(Layout(1, 21, 21))
     kept = by_hand(21, heads=2, block=4, local=1, stride=2).repeat_interleave(2, 0)
     score = query @ key.repeat_interleave(2, 1).transpose(2, 3) * 8**-0.5
     want = score.masked_fill(~kept, -torch.inf).softmax(-1) @ value.repeat_interleave(2, 1)

@@ -200,7 +200,6 @@ def test_it_decodes_behind_a_sparse_prompt():
         ({"pooling": "median"}, "unknown pooling"),
         ({"allocation": "head"}, "did you mean heads"),
         ({"floor": 1.5}, "floor is 1.5"),
-        ({"backend": "fastest"}, "use backend='auto'"),
         ({"window": 0}, "window"),
     ],
 )

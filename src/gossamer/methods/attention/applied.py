@@ -30,7 +30,7 @@ _FOREIGN = ("position_bias", "indices", "block_indices", "cache", "head_mask")
 
 
 class KVBytes(NamedTuple):
-    """Bytes of keys and values that one decoded token reads, over all layers."""
+    """Bytes of keys and values over all layers: read by one decoded token, or held."""
 
     dense: int
     kept: int
@@ -130,7 +130,8 @@ class SparseAttention(Applied):
         """(B, H, Q, E); notes which executor ran and, while measuring, what was kept."""
         if self._stays_full(call, layout, layer):
             return self._run("dense", call, FullIndex(layout), layer)
-        if self.method.backend == "fastest" and self._tally is None:
+        weighed = self.method.backend == "fastest" and self._tally is None
+        if weighed and self.selector.weighable(call, layout, layer):
             if self.breakeven.prefers_dense(call, layout):
                 self._observe(call, layout, layer)
                 return self._run("dense", call, FullIndex(layout), layer)
@@ -264,9 +265,22 @@ class SparseAttention(Applied):
         if self.guarded:
             notes.append(f"{self.guarded} of them kept full by dense_layers or min_length")
         notes += self.breakeven.notes()
-        if not self.selector.evicts:
+        if self.selector.evicts:
+            notes += self._cache_note()
+        else:
             notes.append("the key-value cache keeps every key: reading is saved, memory is not")
         return tuple(note for note in notes if note)
+
+    def _cache_note(self) -> list[str]:
+        if self.selector.holds(self.length, 0) is None:
+            return []
+        held = self.cache_bytes(self.length)
+        share = held.kept / held.dense if held.dense else 1.0
+        return [
+            f"at {self.length} tokens a dynamic cache holds {held.kept} of {held.dense} bytes of "
+            f"keys and values ({share:.1%}) once decoding has begun; others (static, quantized) "
+            "keep every key"
+        ]
 
     def _own_window(self, layer: int) -> int | None:
         """The sliding window the model itself gives a layer."""
@@ -294,6 +308,35 @@ class SparseAttention(Applied):
                 )
             kept += width * (now[0] - before[0])
             dense += width * (now[1] - before[1])
+        return KVBytes(dense, kept)
+
+    def cache_bytes(self, length: int) -> KVBytes:
+        """Keys and values a cache holds after ``length`` tokens, dense and with this method.
+
+        For one sequence, in the model's dtype, right after an eviction; until the next, every new
+        token is held. Where a key stood takes 4 bytes more.
+
+        Raises
+        ------
+        GossamerError
+            If the keys that go depend on the input.
+        """
+        dense = kept = 0
+        for layer in range(len(self._sites.attentions)):
+            width = self._kv_width(layer) * length
+            heads = None
+            if layer >= self.method.dense_layers and self._own_window(layer) is None:
+                heads = self.selector.holds(length, layer)
+            dense += width
+            if heads is None or min(heads) >= length:
+                kept += width
+            else:
+                kept += sum(heads) * (width // length // len(heads))
+        if self.selector.evicts and self.selector.holds(length, 0) is None:
+            raise GossamerError(
+                f"the keys {self.method.key()} gives up depend on the input; see "
+                "eviction.shortened.held_bytes(cache)"
+            )
         return KVBytes(dense, kept)
 
     def _kv_width(self, layer: int) -> int:

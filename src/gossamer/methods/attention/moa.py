@@ -7,7 +7,6 @@ span alpha + beta * N that loses least under one density for all.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import Any, ClassVar
 
 import numpy as np
@@ -17,73 +16,18 @@ from torch import Tensor, nn
 from gossamer.core import Card, GossamerError, Stat, check_count
 from gossamer.methods.attention.applied import SparseAttention
 from gossamer.methods.attention.base import AttentionMethod
-from gossamer.methods.attention.executor import Call
-from gossamer.methods.attention.index import pairs_in_window
-from gossamer.methods.attention.layout import Layout
-from gossamer.methods.attention.selector import Selector
-from gossamer.methods.attention.spans.index import SpanIndex, logical_lengths
 from gossamer.methods.attention.spans.influence import Influence, profile, samples_of
 from gossamer.methods.attention.spans.plan import Spans, read_spans, round_up
 from gossamer.methods.attention.spans.programme import Candidate, Problem, candidates, pareto
-from gossamer.models import Inputs, Progress, State, Tokens, as_tokens
+from gossamer.methods.attention.spans.selector import SpanSelector, span_pairs
+from gossamer.models import Inputs, Progress, Tokens, as_tokens
 from gossamer.models.capture import evaluating
 from gossamer.models.gradient import own_loss
 
-__all__ = ["MoA", "kv_heads"]
+__all__ = ["MoA", "SpanSelector", "kv_heads"]
 
 _FAR = 0.8
 """Share of the text from which a head counts as one that looks everywhere."""
-
-
-@dataclass(frozen=True)
-class SpanSelector(Selector):
-    """Sinks and a span per layer and key-value head, by the length of each text."""
-
-    spans: Spans
-    sink: int
-    facts: tuple[str, ...] = ()
-
-    def select(self, call: Call, layout: Layout, layer: int) -> SpanIndex:
-        spans, heads = self.spans, call.groups[0]
-        if layer >= spans.layers or spans.heads(layer) != heads:
-            planned = spans.heads(layer) if layer < spans.layers else "no"
-            raise GossamerError(
-                f"the spans give layer {layer} {planned} key-value heads, the model has {heads}; "
-                "they are of another model: plan them on this one"
-            )
-        recent = tuple(spans.at(layer, length) for length in logical_lengths(layout))
-        name = ("spans", self.sink, recent)
-        if name not in layout.memo:
-            layout.memo[name] = SpanIndex(layout, self.sink, recent)
-        return layout.memo[name]
-
-    def pairs(self, length: int, layer: int, own: int | None) -> tuple[int, int]:
-        spans = self.spans.at(layer, length)
-        found = [_pairs(length, self.sink, span, own) for span in spans]
-        return round(sum(kept for kept, _ in found) / len(found)), found[0][1]
-
-    def simulated(self, backend: str, length: int) -> bool:
-        return backend in ("masked", "reference")
-
-    def state(self) -> State:
-        spans = self.spans
-        return State(
-            {
-                "alphas": [list(row) for row in spans.alphas],
-                "betas": [list(row) for row in spans.betas],
-                "block_size": spans.block,
-                "sink": self.sink,
-                "facts": list(self.facts),
-            }
-        )
-
-    def notes(self) -> tuple[str, ...]:
-        return self.facts
-
-
-@cache
-def _pairs(length: int, sink: int, span: int, own: int | None) -> tuple[int, int]:
-    return pairs_in_window(length, sink, span, own)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,11 +45,17 @@ class MoA(AttentionMethod):
         are scored; at most half of a length. 0 scores what it holds likeliest after every token.
     levels : caps tried on each shorter length's loss when the Pareto set is searched.
     spans : file of spans, ``{"alphas": [[...]], "betas": [[...]]}``; nothing is profiled then.
+    evict : dynamic caches let go of keys that no later token reads, once decoding has begun;
+        answers stay the same. False keeps every key.
 
     The data of :meth:`apply` should need what lies far back: questions on long texts; or inputs
     whose ``labels`` mark the places to score. Scored is always the model's own choice. The
     sequence's own length N sets the spans: of a prompt its length, while decoding the tokens so
     far. ``spans.plan.write_spans`` writes such a file.
+
+    A question of more than 16 tokens over a cache that gave up keys reads what is left: under its
+    longer spans the first of its tokens would have read further back. After ``restore()`` such a
+    cache cannot be used any more and says so.
     """
 
     card: ClassVar = Card(
@@ -122,6 +72,7 @@ class MoA(AttentionMethod):
         pattern="sinks and a window alpha + beta * length per key-value head",
         budget="sparsity over causal pairs, split over heads by an integer programme",
         schedule="planned once, grows with the text",
+        update="keys no later token reads are freed",
         kernel="heads of equal span as plain windows, fused attention",
         departs="influence is summed along diagonals, which windows need, not in 64 x 64 blocks; "
         "heads that share keys share a span; windows end at the query, not at a block's edge; "
@@ -151,6 +102,7 @@ class MoA(AttentionMethod):
     answer_tokens: int = 32
     levels: int = 2
     spans: str | None = None
+    evict: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -182,7 +134,7 @@ class MoA(AttentionMethod):
     ) -> SpanSelector:
         if self.spans is not None:
             spans = read_spans(self.spans, kv_heads(model), self.block_size)
-            return SpanSelector(spans, self.sink, (f"spans of {self.spans}",))
+            return SpanSelector(spans, self.sink, (f"spans of {self.spans}",), self.evict)
         if self.sparsity == 0.0:
             heads = kv_heads(model)
             none, all_of_it = (tuple((share,) * n for n in heads) for share in (0.0, 1.0))
@@ -244,7 +196,7 @@ class MoA(AttentionMethod):
             whole: list[int] = []
             for layer, own in enumerate(windows):
                 outside = one.outside(layer).cpu()
-                pairs = [_pairs(size, self.sink, span, own) for span in spans]
+                pairs = [span_pairs(size, self.sink, span, own) for span in spans]
                 full = layer < self.dense_layers
                 for head in range(len(outside)):
                     rows.append(outside[head, place].numpy() * (not full))
@@ -300,7 +252,7 @@ class MoA(AttentionMethod):
                 f"of {len(losses)} plans of the Pareto set, the one with the least loss at {size} "
                 f"tokens: {min(losses):.3f}, the worst {max(losses):.3f}"
             )
-        return replace(best, facts=tuple(facts))
+        return replace(best, facts=tuple(facts), evict=self.evict)
 
     @torch.no_grad()
     def _losses(
@@ -322,7 +274,7 @@ class MoA(AttentionMethod):
             for name in ("alphas", "betas")
         )
         spans = Spans(alphas, betas, int(meta["block_size"]))
-        return SpanSelector(spans, int(meta["sink"]), tuple(meta["facts"]))
+        return SpanSelector(spans, int(meta["sink"]), tuple(meta["facts"]), self.evict)
 
 
 def _size(texts: Tokens | Inputs) -> int:

@@ -39,6 +39,10 @@ class PhaseSelector(Selector):
     def owns(self, call: Call, layer: int) -> bool:
         return any(selector.owns(call, layer) for selector in self.selectors.values())
 
+    def weighable(self, call: Call, layout: Layout, layer: int) -> bool:
+        part = self.selectors[layout.phase]
+        return part.weighable(call, layout, layer) and not self.owns(call, layer)
+
     def select(self, call: Call, layout: Layout, layer: int) -> KeyIndex:
         for selector in self.selectors.values():
             if selector.owns(call, layer):

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.core import Card, GossamerError, check_count
+from gossamer.methods.attention.eviction.positional import TAIL, PositionSelector
 from gossamer.methods.attention.executor import Call
 from gossamer.methods.attention.executors import EXECUTORS, choose
 from gossamer.methods.attention.index import BlockIndex, FullIndex, KeyIndex
 from gossamer.methods.attention.layout import Layout
-from gossamer.methods.attention.selector import Selector
 from gossamer.methods.attention.trained.method import TrainedMethod
 from gossamer.models import State
 
@@ -59,12 +59,18 @@ def sharded_blocks(
     >>> sharded_blocks(block, block, heads=2, local=1, stride=2)[:, 3].int().tolist()
     [[0, 1, 0, 1], [1, 0, 1, 1]]
     """
-    step = max(1, stride // heads) if offsets == "heterogeneous" else 0
-    head = torch.arange(heads, device=key.device)[:, None, None]
     i, j = query[..., None, :, None], key[..., None, None, :]
     near = i - j < local
-    far = (j + head * step + 1) % stride == 0
-    return (j <= i) & (near if offsets == "local" else near | far)
+    return (j <= i) & (near | _far(j, heads, stride, offsets))
+
+
+def _far(block: Tensor, heads: int, stride: int, offsets: Offsets) -> Tensor:
+    """Which blocks (..., G or 1, q, k) a head reads from afar, all (..., G, q, k) of them."""
+    if offsets == "local":
+        return torch.zeros_like(block, dtype=torch.bool)
+    step = max(1, stride // heads) if offsets == "heterogeneous" else 0
+    head = torch.arange(heads, device=block.device)[:, None, None]
+    return (block + head * step + 1) % stride == 0
 
 
 def coverage(heads: int, stride: int, offsets: Offsets = "heterogeneous") -> float:
@@ -76,7 +82,7 @@ def coverage(heads: int, stride: int, offsets: Offsets = "heterogeneous") -> flo
 
 
 @dataclass(frozen=True)
-class ShardSelector(Selector):
+class ShardSelector(PositionSelector):
     """The blocks of every key-value head, by position alone.
 
     Blocks count the real tokens of a sequence, so padding moves none.
@@ -88,19 +94,31 @@ class ShardSelector(Selector):
     stride: int
     offsets: Offsets
     dense_every: int
+    evict: bool = False
 
     def is_dense(self, layer: int) -> bool:
         """Whether a layer, counted from 0, keeps full attention."""
         return bool(self.dense_every) and (layer + 1) % self.dense_every == 0
 
-    def select(self, call: Call, layout: Layout, layer: int) -> KeyIndex:
+    def index(self, call: Call, layout: Layout, layer: int) -> KeyIndex:
         if self.is_dense(layer):
             return FullIndex(layout)
         if not layout.plain or layout.queries == 1 or layout.end != layout.keys:
-            return self.index(layout)
+            return self.blocks(layout)
         return _plain_index(self, layout.batch, layout.queries, layout.keys, layout.device)
 
-    def index(self, layout: Layout) -> BlockIndex:
+    def frees(self, layer: int) -> bool:
+        return not self.is_dense(layer)
+
+    def reads(self, layer: int, at: Tensor, of: Tensor, lengths: tuple[int, ...]) -> Tensor:
+        i, j = (x.div(self.block, rounding_mode="floor") for x in (at, of))
+        return (i - j < self.local) | _far(j, self.heads, self.stride, self.offsets)
+
+    def needed(self, layer: int, of: Tensor, lengths: tuple[int, ...]) -> Tensor:
+        last = torch.tensor(lengths, device=of.device)[:, None, None, None] - TAIL
+        return self.reads(layer, last, of[:, :, None], lengths)[:, :, 0]
+
+    def blocks(self, layout: Layout) -> BlockIndex:
         """The blocks of one call.
 
         Where a sequence or a chunk begins inside a block, finer blocks spell out the same pairs.
@@ -135,7 +153,7 @@ class ShardSelector(Selector):
         return (total if self.is_dense(layer) else kept), total
 
     def simulated(self, backend: str, length: int) -> bool:
-        return EXECUTORS[choose(self.index(Layout(1, length, length)), backend)].simulated
+        return EXECUTORS[choose(self.blocks(Layout(1, length, length)), backend)].simulated
 
     def state(self) -> State:
         return State({"heads": self.heads})
@@ -158,13 +176,13 @@ def _plain_index(
 ) -> BlockIndex:
     """The index of unpadded calls of one size, made once: what executors prepare for it stays."""
     layout = Layout(batch, queries, keys, query_offset=keys - queries, device=device)
-    return selector.index(layout)
+    return selector.blocks(layout)
 
 
 @lru_cache(maxsize=8)
 def _mean_pairs(selector: ShardSelector, length: int, own: int | None) -> tuple[int, int]:
     """Pairs kept by the mean key-value head, and pairs a head reads in all."""
-    index = selector.index(Layout(1, length, length))
+    index = selector.blocks(Layout(1, length, length))
     kept, total = index.pairs() if own is None or own >= length else _pairs_within(index, own)
     return round(kept / selector.heads), total // selector.heads
 
@@ -197,12 +215,14 @@ class S2Attention(TrainedMethod):
     steps, lr, batch_size, seed : of the training of all weights under the pattern, the rate
         falling to 0 over the second half; 0 steps only puts the pattern in place.
     dense_layers : first layers that keep full attention.
+    evict : dynamic caches keep of every head only its share and the local blocks, once decoding
+        has begun; answers stay the same. False keeps every key. After ``restore()`` a cache that
+        gave up keys cannot be used any more and says so.
 
     Source: arXiv 2407.17678, §3; block, local, stride and dense layers of Phi-3-small.
 
     Departs from the paper: the offset step of max(1, floor(stride / heads)) is from memory of
-    the serving code; the cache keeps all keys (each head's share alone is what evicting caches
-    could keep).
+    the serving code.
     """
 
     card: ClassVar = Card(
@@ -219,9 +239,9 @@ class S2Attention(TrainedMethod):
         pattern="local blocks, and each stride-th block at an offset of the key-value head",
         budget="local blocks and a stride",
         schedule="every call",
-        update="training of all weights under the pattern",
+        update="training of all weights under the pattern; keys no later token reads are freed",
         kernel="static block-sparse: gathered blocks, fused attention",
-        departs="offset step for fewer heads than the stride from memory; the cache keeps all keys",
+        departs="offset step for fewer heads than the stride from memory",
     )
     example: ClassVar[Mapping[str, Any]] = {
         "block": 4,
@@ -242,6 +262,7 @@ class S2Attention(TrainedMethod):
     stride: int = 8
     offsets: Offsets = "heterogeneous"
     dense_every: int = 2
+    evict: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -262,7 +283,9 @@ class S2Attention(TrainedMethod):
 
     def _selector(self, heads: int) -> ShardSelector:
         return ShardSelector(
-            heads, self.block, self.local, self.stride, self.offsets, self.dense_every
+            *(heads, self.block, self.local, self.stride, self.offsets),
+            dense_every=self.dense_every,
+            evict=self.evict,
         )
 
 

@@ -45,6 +45,20 @@ class Selector(ABC):
         """Whether only the selector can run a call, whatever its phase: its cache gave up keys."""
         return False
 
+    def weighable(self, call: Call, layout: Layout, layer: int) -> bool:
+        """Whether full attention may run a call instead, where it is faster.
+
+        Not where the cache gave up keys, or is to give up what this call does not choose.
+        """
+        return True
+
+    def holds(self, length: int, layer: int) -> tuple[int, ...] | None:
+        """Keys each key-value head still holds of a text, just after an eviction.
+
+        None where that depends on the input, or where nothing is given up.
+        """
+        return None
+
     def pairs(self, length: int, layer: int, own: int | None) -> tuple[int, int] | None:
         """Pairs kept, and pairs the layer itself reads, for one sequence of a length.
 

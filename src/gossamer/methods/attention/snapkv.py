@@ -58,6 +58,9 @@ class VoteSelector(Selector):
     def owns(self, call: Call, layer: int) -> bool:
         return isinstance(_layer_of(call, layer), Shortened)
 
+    def weighable(self, call: Call, layout: Layout, layer: int) -> bool:
+        return False
+
     def select(self, call: Call, layout: Layout, layer: int) -> KeyIndex:
         held = _layer_of(call, layer)
         if isinstance(held, Shortened):
@@ -150,6 +153,9 @@ class SnapKV(AttentionMethod):
     Heads of different lengths are stored back to back, without padding; for attention they are
     laid side by side one layer at a time.
 
+    ``backend="fastest"`` is ``auto`` here: full attention lacks the evicted keys, and where it ran
+    instead no memory would be saved.
+
     After ``restore()`` a shortened cache cannot be used any more and says so.
 
     Departs from the paper: heads that share keys vote together, by the mean of their attention
@@ -203,11 +209,6 @@ class SnapKV(AttentionMethod):
             raise unknown("allocation", self.allocation, get_args(Allocation))
         if not 0.0 <= self.floor <= 1.0:
             raise GossamerError(f"floor is {self.floor!r}; give a share from 0 to 1")
-        if self.backend == "fastest":
-            raise GossamerError(
-                "backend 'fastest' weighs against full attention, for which an evicted cache lacks "
-                "the keys; use backend='auto'"
-            )
 
     def plan(self, model: nn.Module, data: Any, length: int) -> VoteSelector:
         return self._selector()

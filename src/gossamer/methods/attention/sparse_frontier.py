@@ -43,6 +43,12 @@ class ChosenSelector(Selector):
     def owns(self, call: Call, layer: int) -> bool:
         return self.inner.owns(call, layer)
 
+    def weighable(self, call: Call, layout: Layout, layer: int) -> bool:
+        return self.inner.weighable(call, layout, layer)
+
+    def holds(self, length: int, layer: int) -> tuple[int, ...] | None:
+        return self.inner.holds(length, layer)
+
     def select(self, call: Call, layout: Layout, layer: int) -> KeyIndex:
         return self.inner.select(call, layout, layer)
 

@@ -10,6 +10,7 @@ from gossamer.methods.attention.eviction.packed import PackedIndex
 from gossamer.methods.attention.eviction.shortened import (
     Shortened,
     held_bytes,
+    settle,
     shorten,
     why_not,
 )
@@ -165,3 +166,23 @@ def test_packed_index_hides_padding_among_later_tokens():
     model = Layout(2, 1, 10, query_offset=9, padding=padding)
     index = PackedIndex.over(model, torch.full((2, 1), 4), later=2)
     assert index.mask()[:, 0, 0].int().tolist() == [[1, 1, 1, 1], [1, 1, 0, 1]]
+
+
+def test_a_shortened_layer_gives_up_more():
+    layer = DynamicLayer()
+    keys = torch.arange(10.0).view(1, 1, 10, 1).repeat(1, 2, 1, 1)
+    keys[:, 1] += 100
+    layer.update(keys, -keys)
+    kept = torch.tensor([[[1, 0, 0, 1], [0, 0, 1, 0]]], dtype=torch.bool)
+    shorten(layer, kept)
+    # Head 0 holds 0 and 3, head 1 holds 2 at the right end; 4 and 5 come up as well.
+    settle(layer, torch.tensor([[[0, 1, 1, 0], [0, 1, 0, 1]]], dtype=torch.bool))
+    assert layer.places.flat[:, 0].tolist() == [3, 4, 2, 5]
+    assert layer.kept_keys.flat[:, 0].tolist() == [3, 4, 102, 105]
+    assert layer.kept_values.flat[:, 0].tolist() == [-3, -4, -102, -105]
+    assert layer.keys[0, :, :, 0].tolist() == [[6, 7, 8, 9], [106, 107, 108, 109]]
+    assert layer.removed == 6
+    assert layer.get_seq_length() == 10
+    assert layer.counts.tolist() == [[6, 6]]
+    # Nothing of the old tensors stays alive behind a slice.
+    assert layer.keys.untyped_storage().nbytes() == 2 * 4 * 4

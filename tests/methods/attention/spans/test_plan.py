@@ -3,6 +3,8 @@
 import json
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from gossamer.core import GossamerError
 from gossamer.methods.attention.spans.plan import Spans, read_spans, round_up, write_spans
@@ -15,6 +17,24 @@ def test_spans_grow_by_their_own_rule_in_whole_blocks():
     assert SPANS.at(0, 1000) == (64, 480)
     assert SPANS.at(1, 1000) == (1024, 256)
     assert round_up(0.3 * 640, 64) == 192
+
+
+@given(
+    alpha=st.floats(-200, 200),
+    beta=st.one_of(st.sampled_from([0.0, 0.5, 1.0]), st.floats(0, 1)),
+    block=st.sampled_from([1, 4, 64]),
+    length=st.integers(1, 1500),
+)
+@settings(max_examples=60, deadline=None)
+def test_no_later_query_reads_before_the_reach(alpha, beta, block, length):
+    spans = Spans(((alpha,),), ((beta,),), block)
+    (reach,) = spans.reach(0, length)
+    later = range(length, length + 700)
+    oldest = min(n - spans.at(0, n)[0] for n in later)
+    assert reach <= oldest
+    # What is held beyond that is a block, not the text.
+    far = min(n - spans.at(0, n)[0] for n in range(length, length + 4000, 7))
+    assert reach >= min(oldest, far) - block - 8 or beta > 0.99
 
 
 def test_a_file_gives_the_spans_back(tmp_path):

@@ -15,6 +15,10 @@ from gossamer.methods.attention.layout import Layout
 __all__ = ["PackedIndex"]
 
 
+_ROWS = 256
+"""Queries whose pairs are counted at a time."""
+
+
 @dataclass(frozen=True, eq=False)
 class PackedIndex(KeyIndex):
     """All keys that a shortened cache layer still holds.
@@ -63,6 +67,11 @@ class PackedIndex(KeyIndex):
 
     def pairs(self) -> tuple[int, int]:
         """Pairs held, and pairs the model would read had nothing been evicted."""
-        seen = self.model.mask()
-        rows = max(len(self.held), len(seen))
-        return int(self.mask().sum()), int(seen.sum()) * (rows // len(seen)) * self.held.shape[1]
+        kept = own = 0
+        for start in range(0, self.layout.queries, _ROWS):
+            rows = slice(start, min(start + _ROWS, self.layout.queries))
+            seen = self.model.mask(rows)
+            batch = max(len(self.held), len(seen))
+            kept += int(self.mask(rows).sum())
+            own += int(seen.sum()) * (batch // len(seen)) * self.held.shape[1]
+        return kept, own

@@ -19,7 +19,7 @@ from gossamer.core import GossamerError
 from gossamer.methods.attention.eviction.ragged import Ragged
 from gossamer.methods.attention.memory import watched
 
-__all__ = ["Shortened", "become", "held_bytes", "shorten", "why_not"]
+__all__ = ["Shortened", "become", "held_bytes", "settle", "shorten", "why_not"]
 
 
 def why_not(layer: Any) -> str | None:
@@ -65,6 +65,27 @@ def shorten(layer: Any, kept: Tensor) -> None:
     layer.removed = length
     # Cloned, because a slice would hold the whole of the old tensors.
     layer.keys, layer.values = keys[:, :, length:].clone(), values[:, :, length:].clone()
+
+
+def settle(layer: "Shortened", kept: Tensor) -> None:
+    """Let a shortened layer give up more: of what it kept, and of the tokens that came later.
+
+    Parameters
+    ----------
+    kept : bool, (B, G, M + L), of the kept keys, each head's at the right end of its M places, and
+        of the first L later tokens; later tokens beyond are all kept.
+    """
+    most = layer.kept_keys.most
+    past = kept.shape[2] - most
+    assert 0 <= past <= layer.keys.shape[2]
+    for name, later in (("kept_keys", "keys"), ("kept_values", "values")):
+        both = _joined(getattr(layer, name), getattr(layer, later)[:, :, :past])
+        setattr(layer, name, Ragged.gather(both, kept))
+        setattr(layer, later, getattr(layer, later)[:, :, past:].clone())
+    places = layer.places.padded(extra=past)
+    places[:, :, most:, 0] = torch.arange(past, device=places.device) + layer.removed
+    layer.places = Ragged.gather(places, kept)
+    layer.removed += past
 
 
 class Shortened(DynamicLayer):

@@ -10,14 +10,14 @@ from gossamer.methods.attention.executor import Call, Executor, attend, explicit
 from gossamer.methods.attention.index import FullIndex, KeyIndex
 from gossamer.methods.attention.layout import MEMO
 
-__all__ = ["Dense", "Masked", "Reference"]
+__all__ = ["Dense", "Masked", "Reference", "in_parts"]
 
 
 _ROWS = 128
 """Queries run at once however many keys they have: shorter parts would leave a GPU idle."""
 
 
-def _in_parts(index: KeyIndex, call: Call, run: Callable[[slice, Tensor], Tensor]) -> Tensor:
+def in_parts(index: KeyIndex, call: Call, run: Callable[[slice, Tensor], Tensor]) -> Tensor:
     """Run over slices of the queries whose scores and masks stay small.
 
     Fused attention is given the mask head by head and turns it into numbers of up to 4 bytes.
@@ -51,7 +51,7 @@ class Reference(Executor):
         def part(rows: slice, mask: Tensor) -> Tensor:
             return explicit_attend(call, query[:, :, :, rows], call.key, call.value, mask)
 
-        return _in_parts(index, call, part).flatten(1, 2)
+        return in_parts(index, call, part).flatten(1, 2)
 
 
 class Masked(Executor):
@@ -72,7 +72,7 @@ class Masked(Executor):
         def part(rows: slice, mask: Tensor) -> Tensor:
             return attend(call, query[:, :, :, rows], call.key, call.value, mask)
 
-        return _in_parts(index, call, part).flatten(1, 2)
+        return in_parts(index, call, part).flatten(1, 2)
 
 
 class Dense(Executor):
@@ -95,7 +95,7 @@ class Dense(Executor):
             def part(rows: slice, mask: Tensor) -> Tensor:
                 return attend(call, query[:, :, :, rows], call.key, call.value, mask)
 
-            return _in_parts(FullIndex(layout), call, part).flatten(1, 2)
+            return in_parts(FullIndex(layout), call, part).flatten(1, 2)
         return functional.scaled_dot_product_attention(
             call.query,
             call.key[:, :, : layout.end],

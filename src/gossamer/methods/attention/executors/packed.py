@@ -4,6 +4,7 @@ from torch import Tensor
 
 from gossamer.methods.attention.eviction.packed import PackedIndex
 from gossamer.methods.attention.executor import Call, Executor, attend
+from gossamer.methods.attention.executors.basic import in_parts
 from gossamer.methods.attention.index import KeyIndex
 
 __all__ = ["Packed"]
@@ -21,4 +22,9 @@ class Packed(Executor):
         return True
 
     def run(self, call: Call, index: KeyIndex) -> Tensor:
-        return attend(call, call.grouped_query(), call.key, call.value, index.mask()).flatten(1, 2)
+        query = call.grouped_query()
+
+        def part(rows: slice, mask: Tensor) -> Tensor:
+            return attend(call, query[:, :, :, rows], call.key, call.value, mask)
+
+        return in_parts(index, call, part).flatten(1, 2)

@@ -8,7 +8,7 @@ Shapes: L = layers, G = key-value heads.
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import ceil, isfinite
+from math import ceil, inf, isfinite
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,24 @@ class Spans:
         """Latest keys a query reads, the query's own included, per head; at least one block."""
         pairs = zip(self.alphas[layer], self.betas[layer], strict=True)
         return tuple(round_up(alpha + beta * length, self.block) for alpha, beta in pairs)
+
+    def reach(self, layer: int, length: int) -> tuple[int, ...]:
+        """Per head, a position before which no query reads once the text has so many tokens.
+
+        Spans grow by whole blocks, so a query may read further back than the one before it; the
+        positions are those that no later query falls behind. Negative: everything is read.
+        """
+        found = []
+        spans = self.at(layer, length)
+        for alpha, beta, span in zip(self.alphas[layer], self.betas[layer], spans, strict=True):
+            oldest = length - span
+            # The span becomes a block longer at the first length with alpha + beta N > span; from
+            # there on lengths grow no slower than spans.
+            longer = (span - alpha) / beta if beta > 0 else inf
+            if longer < oldest + span + self.block + 2:
+                oldest = min(oldest, max(length + 1, int(longer)) - span - self.block - 1)
+            found.append(oldest)
+        return tuple(found)
 
     @property
     def layers(self) -> int:
