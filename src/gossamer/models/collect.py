@@ -13,7 +13,7 @@ from torch.nn.functional import linear
 
 from gossamer.core import Accumulator, GossamerError, Site, Stat, UnsupportedModel
 
-__all__ = ["Collector"]
+__all__ = ["Collector", "expert_activation"]
 
 
 class Collector:
@@ -118,7 +118,7 @@ class Collector:
         biases = getattr(module, f"{first.parameter}_bias", None)
         bias = None if biases is None else biases[first.expert]
         inner = linear(rows, first.weight(self._model), bias)
-        self._update(pair["experts.down"], _activated(module, inner))
+        self._update(pair["experts.down"], expert_activation(module, inner))
 
     def _update(self, site: Site, rows: Tensor) -> None:
         for accumulator in self._accumulators(site).values():
@@ -155,7 +155,8 @@ class Collector:
         return sum(a.nbytes for own in self._measured.values() for a in own.values())
 
 
-def _activated(module: Any, inner: Tensor) -> Tensor:
+def expert_activation(module: Any, inner: Tensor) -> Tensor:
+    """What an expert's last matrix reads: the activation of its inner units, gated or not."""
     if not getattr(module, "has_gate", True):
         return module.act_fn(inner)
     if hasattr(module, "_apply_gate"):

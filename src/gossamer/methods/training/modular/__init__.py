@@ -1,0 +1,1 @@
+"""Modular wiring: groups of units that speak to groups, rewired where activities go together."""
