@@ -39,7 +39,7 @@ try:
         page_decode,
         page_scores,
     )
-    from gossamer.kernels.page_attention.decode import Plan, decode
+    from gossamer.kernels.page_attention.decode import Plan, choose, decode
     from gossamer.kernels.page_attention.reference import choose_reference
     from gossamer.kernels.skip_softmax import skip_softmax_decode
 except ImportError as problem:
@@ -110,7 +110,8 @@ def tuned(
     q: Tensor, k: Tensor, v: Tensor, one: Tensor, two: Tensor, keep: int, page: int, plan: Plan
 ) -> Tensor:
     score, scale = page_scores(q, one, two), WIDTH**-0.5
-    return decode(q, k, v, page, end=k.shape[2], scale=scale, score=score, keep=keep, plan=plan)
+    chosen = {"indices": choose(score, keep), "keep": keep}
+    return decode(q, k, v, page, end=k.shape[2], scale=scale, plan=plan, **chosen)
 
 
 def report(

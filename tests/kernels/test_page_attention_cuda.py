@@ -35,6 +35,7 @@ def _call(batch, heads, shared, keys, widths, dtype):
         (64, (3, 6, 2, 1111, (64, 96)), torch.float16),
         (32, (2, 4, 4, 500, (80, 80)), torch.float32),
         (16, (1, 32, 1, 777, (256, 256)), torch.bfloat16),
+        (1, (1, 4, 1, 20_000, (64, 64)), torch.bfloat16),
     ],
 )
 def test_matches_float64(page, shape, dtype) -> None:

@@ -13,16 +13,17 @@ from torch import Tensor
 
 from gossamer.kernels.page_attention.triton_kernels import (
     bounds_kernel,
+    choose_kernel,
     decode_kernel,
     merge_kernel,
     score_kernel,
 )
 
-__all__ = ["MOST_PAGES", "Plan", "bounds", "decode", "plan_for", "scores"]
+__all__ = ["MOST_PAGES", "Plan", "bounds", "choose", "decode", "plan_for", "scores"]
 
 LOG2E = 1.4426950408889634
-MOST_PAGES = 16384
-"""Pages a row may have for its best to be found inside the attention kernel."""
+MOST_PAGES = 32768
+"""Pages a row may have for one program to find its best."""
 
 
 class Plan(NamedTuple):
@@ -113,6 +114,23 @@ def scores(query: Tensor, first: Tensor, second: Tensor, minmax: bool) -> Tensor
     return out
 
 
+def choose(score: Tensor, keep: int) -> Tensor:
+    """(B * G * keep,) int32: the best pages of (B, G, P) scores, and page P, each row ascending."""
+    pages = score.shape[2]
+    padded = max(2, triton.next_power_of_2(pages))
+    rows = score.shape[0] * score.shape[1]
+    out = torch.empty(rows * keep, device=score.device, dtype=torch.int32)
+    kernel: Any = choose_kernel
+    kernel[(rows,)](
+        *(score, out, pages, keep),
+        PP=padded,
+        EARLY=_early(score.device),
+        num_warps=min(32, max(4, padded // 128)),
+        **_launch(score.device),
+    )
+    return out
+
+
 def decode(
     query: Tensor,
     key: Tensor,
@@ -121,61 +139,50 @@ def decode(
     *,
     end: int,
     scale: float,
+    indices: Tensor,
     indptr: Tensor | None = None,
-    indices: Tensor | None = None,
-    score: Tensor | None = None,
     keep: int = 0,
     first: Tensor | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
     plan: Plan | None = None,
 ) -> Tensor:
-    """One token over listed pages, or over the ``keep`` best of (B, G, P) scores: (B, H, 1, E).
+    """One token over listed pages: (B, H, 1, E).
 
     Parameters
     ----------
-    end : keys that exist. first : int32 (B,). indptr : (B or 1, G or 1, 2). indices : int32.
+    end : keys that exist. first : int32 (B,). indices : int32.
+    indptr : (B or 1, G or 1, 2); None where every row has ``keep`` pages, one row after another.
     """
     batch, heads, _, width = query.shape
     shared, wide = key.shape[1], value.shape[3]
     rows, repeat, device = batch * shared, heads // shared, query.device
-    choose = score is not None
     if plan is None:
-        known = keep if choose else (len(indices) // rows if indices is not None else 0)
+        known = len(indices) // rows if indptr is not None else keep
         plan = plan_for(rows, known, page, _processors(device))
-    none = _nothing(device, torch.int32)
-    room, space, pages, padded, strides = none, 1, 0, 1, (0, 0)
-    if score is not None:
-        pages = score.shape[2]
-        space = triton.next_power_of_2(triton.cdiv(keep, plan.splits))
-        padded = max(2, triton.next_power_of_2(pages))
-        room = torch.empty(rows * plan.splits * space, device=device, dtype=torch.int32)
-    else:
-        assert indptr is not None
+    none, strides = _nothing(device, torch.int32), (0, 0)
+    if indptr is not None:
         strides = tuple(indptr.stride(n) if indptr.shape[n] > 1 else 0 for n in (0, 1))
     part = torch.empty(rows * plan.splits * repeat, wide, device=device, dtype=torch.float32)
     stat = torch.empty(rows * plan.splits * repeat, 2, device=device, dtype=torch.float32)
     kernel: Any = decode_kernel
     kernel[(plan.splits, rows)](
-        *(query, key, value, none if indptr is None else indptr),
-        *(none if indices is None else indices, part if score is None else score, room),
+        *(query, key, value, none if indptr is None else indptr, indices),
         *(none if first is None else first, part, stat, scale * LOG2E),
         *(1.0 if softcap is None else softcap * LOG2E, *query.stride()[:2]),
-        *(*key.stride()[:3], *value.stride()[:3], *strides, shared, end, pages, keep, width, wide),
+        *(*key.stride()[:3], *value.stride()[:3], *strides, shared, end, keep, width, wide),
         R=repeat,
         RP=max(16, triton.next_power_of_2(repeat)),
         DP=max(16, triton.next_power_of_2(width)),
         EP=max(16, triton.next_power_of_2(wide)),
         PAGE=page,
-        PP=padded,
-        ROOM=space,
         N=plan.keys,
-        CHOOSE=choose,
+        CHOSEN=indptr is None,
         HAS_FIRST=first is not None,
         SOFTCAP=softcap is not None,
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
         EARLY=_early(device),
-        num_warps=plan.warps if padded <= 8192 else max(8, plan.warps),
+        num_warps=plan.warps,
         num_stages=plan.stages,
         **_launch(device),
     )

@@ -217,7 +217,7 @@ def page_decode(
     sinks: Tensor | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
-    """Attention of one token over the pages with the highest scores, chosen inside the kernel.
+    """Attention of one token over the pages with the highest scores, chosen on the device.
 
     Nothing returns to the host, so a step of decoding can be captured in a CUDA graph.
 
@@ -245,16 +245,16 @@ def page_decode(
     options: dict[str, Any] = {"first": first, "softcap": softcap, "sinks": sinks}
     reason = page_refusal(query, key, value, page)
     if reason is None:
-        from gossamer.kernels.page_attention.decode import MOST_PAGES, decode
+        from gossamer.kernels.page_attention.decode import MOST_PAGES, choose, decode
 
-        if pages >= MOST_PAGES:
-            reason = f"a row has {pages} pages; the kernel chooses among fewer than {MOST_PAGES}"
+        if pages > MOST_PAGES:
+            reason = f"a row has {pages} pages; the kernel chooses among {MOST_PAGES} at most"
         elif _runs(backend, None):
             return decode(
                 *(query, key, value, page),
                 end=end,
                 scale=query.shape[3] ** -0.5 if scale is None else scale,
-                score=score.contiguous(),
+                indices=choose(score.contiguous(), keep),
                 keep=keep,
                 **_prepared(options, query),
             )

@@ -2,8 +2,7 @@
 
 The query heads that share keys are rows of one tile, so keys are read once. The pages of a row are
 split over programs; a second pass adds up the parts, in order, so results never change. Where
-pages are to be chosen, every program finds its row's best pages by itself: that costs a few
-microseconds on processors that would wait for another launch otherwise.
+pages are to be chosen, one program a row finds its best pages and lists them.
 Shapes: G = key-value heads, R = query heads of one, S = splits, N = keys (or pages) of a tile,
 D, E = head widths of queries and values.
 """
@@ -13,7 +12,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-__all__ = ["bounds_kernel", "decode_kernel", "merge_kernel", "score_kernel"]
+__all__ = ["bounds_kernel", "choose_kernel", "decode_kernel", "merge_kernel", "score_kernel"]
 
 
 @triton.jit(do_not_specialize=["PAGES"])
@@ -117,16 +116,27 @@ def score_kernel(
     tl.store(score_ptr + row * PAGES + p, score, mask=p < PAGES)
 
 
-@triton.jit
-def _choose(score_ptr, list_ptr, OWN, KEEP, low, high, PP: tl.constexpr):
-    """Write the pages of ranks low .. high - 1 (by place) among the KEEP best, and page OWN.
+@triton.jit(do_not_specialize=["PAGES", "KEEP"])
+def choose_kernel(
+    score_ptr,
+    list_ptr,
+    PAGES,
+    KEEP,
+    PP: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    """The KEEP best pages of a row in the order of their places, page PAGES always the last.
 
-    Pages before OWN have scores. Of equal scores the earlier pages are taken.
+    Pages before it have scores. Of equal scores the earlier pages are taken.
     """
+    row = tl.program_id(0).to(tl.int64)
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
     n = tl.arange(0, PP)
-    there = n < OWN
+    there = n < PAGES
     wanted = KEEP - 1
-    bits = tl.load(score_ptr + n, mask=there, other=0.0).to(tl.int32, bitcast=True)
+    bits = tl.load(score_ptr + row * PAGES + n, mask=there, other=0.0).to(tl.int32, bitcast=True)
     # As unsigned numbers in the order of the scores; 0 is below every score but NaN's.
     bits = tl.where(bits < 0, ~bits, bits ^ -2147483648)
     number = tl.where(there, tl.maximum(bits.to(tl.uint32, bitcast=True), 1), 0).to(tl.uint32)
@@ -137,7 +147,7 @@ def _choose(score_ptr, list_ptr, OWN, KEEP, low, high, PP: tl.constexpr):
     shift = tl.minimum(((length >> 23) - 127) & -2, 30)
     found = ((most >> shift >> 2) << 2 << shift).to(tl.uint32)
     # The least prefix that so many scores reach, two bits a turn: three counts in one sum.
-    reached = OWN
+    reached = PAGES
     while (shift >= 0) & (reached != wanted):
         one = (number >= (found + (1 << shift).to(tl.uint32))).to(tl.int64)
         two = (number >= (found + (2 << shift).to(tl.uint32))).to(tl.int64)
@@ -152,30 +162,25 @@ def _choose(score_ptr, list_ptr, OWN, KEEP, low, high, PP: tl.constexpr):
         reached = tl.where(digit == 3, third, reached)
         found = found + (digit << shift).to(tl.uint32)
         shift -= 2
-    if wanted == 0:
-        found = tl.full((), 4294967295, tl.uint32)
     # Of those that only just reach it, as many as there is room for.
-    above = ((number > found) & there).to(tl.int32)
+    above = ((number > found) & there & (wanted > 0)).to(tl.int32)
     equal = ((number == found) & there & (wanted > 0)).to(tl.int32)
     spare = wanted - tl.sum(above, 0)
     both = tl.cumsum(above + (equal << 16), 0)
     same = (both >> 16) - equal
     rank = (both & 0xFFFF) - above + tl.minimum(same, spare)
     mine = (above > 0) | ((equal > 0) & (same < spare))
-    tl.store(list_ptr + rank - low, n, mask=mine & (rank >= low) & (rank < high))
-    # The row's own page comes last.
-    tl.store(list_ptr + wanted - low, OWN, mask=(wanted >= low) & (wanted < high))
+    tl.store(list_ptr + row * KEEP + rank, n, mask=mine)
+    tl.store(list_ptr + row * KEEP + wanted, PAGES)
 
 
-@triton.jit(do_not_specialize=["END", "PAGES", "KEEP"])
+@triton.jit(do_not_specialize=["END", "KEEP"])
 def decode_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
     indptr_ptr,
     indices_ptr,
-    score_ptr,
-    room_ptr,
     first_ptr,
     part_ptr,
     stat_ptr,
@@ -193,7 +198,6 @@ def decode_kernel(
     stride_ih,
     G,
     END,
-    PAGES,
     KEEP,
     D: tl.constexpr,
     E: tl.constexpr,
@@ -202,10 +206,8 @@ def decode_kernel(
     DP: tl.constexpr,
     EP: tl.constexpr,
     PAGE: tl.constexpr,
-    PP: tl.constexpr,
-    ROOM: tl.constexpr,
     N: tl.constexpr,
-    CHOOSE: tl.constexpr,
+    CHOSEN: tl.constexpr,
     HAS_FIRST: tl.constexpr,
     SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -213,7 +215,7 @@ def decode_kernel(
 ):
     """One split of the pages of one key-value head: part of the sum, its largest score and total.
 
-    PAGES scores a row where pages are chosen: the KEEP best, the last one among them in any case.
+    KEEP pages a row, one row's after another's, where they were chosen.
     """
     split, row = tl.program_id(0), tl.program_id(1)
     splits = tl.num_programs(0)
@@ -221,21 +223,16 @@ def decode_kernel(
         gdc_wait()
         gdc_launch_dependents()
     b, g = (row // G).to(tl.int64), (row % G).to(tl.int64)
-    if CHOOSE:
-        each = (KEEP + splits - 1) // splits
-        low = split * each
-        high = tl.minimum(low + each, KEEP)
-        pages = room_ptr + (row * splits + split) * ROOM
-        _choose(score_ptr + row.to(tl.int64) * PAGES, pages, PAGES, KEEP, low, high, PP)
-        tl.debug_barrier()
-        count = high - low
+    if CHOSEN:
+        begin = row * KEEP
+        end = begin + KEEP
     else:
         at = indptr_ptr + b * stride_ib + g * stride_ih
         begin, end = tl.load(at).to(tl.int32), tl.load(at + 1).to(tl.int32)
-        each = (end - begin + splits - 1) // splits
-        low = tl.minimum(begin + split * each, end)
-        count = tl.minimum(low + each, end) - low
-        pages = indices_ptr + low
+    each = (end - begin + splits - 1) // splits
+    low = tl.minimum(begin + split * each, end)
+    count = tl.minimum(low + each, end) - low
+    pages = indices_ptr + low
     first = 0
     if HAS_FIRST:
         first = tl.load(first_ptr + b)

@@ -25,7 +25,7 @@ COMMON, FREQUENT, OUTNUMBER = 10, 3, 10
 _PRIME = 28_879
 """The largest prime not above the number of names: multiples of any step visit every name."""
 
-SHARES = {"one": 8, "several": 3, "all": 3, "trace": 5, "common": 2, "frequent": 2}
+SHARES = {"one": 8, "several": 3, "all": 5, "trace": 5, "common": 2, "frequent": 2}
 """Rows of each task in a batch, in parts."""
 
 
@@ -222,7 +222,10 @@ class Batches:
         most_keys = budget // (11 * each)
         least = min(most_keys, asked)
         few = min(most_keys, max(least, questions * asked))
-        keys = self.random.choice([most_keys, few, *[self._between(least, most_keys)] * 2])
+        # How many numbers a lone name has, no other question of the sequence tells.
+        alone = [1] * (4 if kind == "all" else 0)
+        some = self._between(least, most_keys)
+        keys = self.random.choice([most_keys, few, some, some, *alone])
         questions = max(1, min(questions, keys // asked))
         budget = length - 1 - questions * width
         names = self.names(rows, keys)
