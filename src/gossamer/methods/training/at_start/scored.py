@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from gossamer.core import GossamerError, Pattern, Unstructured
 from gossamer.methods.training.base import Change, SparseTraining, StartLoss
 from gossamer.methods.training.sparsifier.layers import Layer
-from gossamer.methods.training.sparsifier.layout import here, is_sharded, mean_everywhere
+from gossamer.methods.training.sparsifier.layout import here, mean_everywhere, shards_itself
 
 __all__ = ["AtStart", "gradients_of", "needed", "untouched"]
 
@@ -66,9 +66,8 @@ class AtStart(SparseTraining):
         self, model: nn.Module, layers: tuple[Layer, ...], loss: StartLoss | None
     ) -> dict[str, Tensor]:
         """The scores, or their negatives if inverted."""
-        weights = [model.get_parameter(layer.parameter) for layer in layers]
         stacked = any(layer.expert is not None for layer in layers)
-        if any(map(is_sharded, weights)) and (stacked or not self.takes_shards):
+        if shards_itself(model) and (stacked or not self.takes_shards):
             raise GossamerError(
                 f"{self.key()} does not score {'experts in ' if stacked else ''}parameters sharded "
                 "by fully_shard; attach before sharding, keep its state_dict(), and attach again "
@@ -114,14 +113,16 @@ def gradients_of(
     Where processes train together, the mean of theirs; of sharded parameters the part that is here.
     """
     paths = list(dict.fromkeys(layer.parameter for layer in layers))
-    weights = [model.get_parameter(path) for path in paths]
-    if any(map(is_sharded, weights)):
-        # Reduction fills the shards' gradients, and only a whole backward pass runs it.
+    if shards_itself(model):
+        # Reduction fills the shards' gradients, and only a whole backward pass runs it; until then
+        # some modules may hold whole parameters in their place.
         value.backward()
+        weights = [model.get_parameter(path) for path in paths]
         return {
             path: torch.zeros_like(here(weight)) if weight.grad is None else here(weight.grad)
             for path, weight in zip(paths, weights, strict=True)
         }
+    weights = [model.get_parameter(path) for path in paths]
     found = torch.autograd.grad(value, weights, create_graph=create_graph, allow_unused=True)
     gradients = {
         path: torch.zeros_like(weight) if gradient is None else gradient

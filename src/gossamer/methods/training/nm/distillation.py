@@ -64,6 +64,8 @@ def mixing(teacher: nn.Module, share: float, temperature: float) -> Callable[...
     Passes without a loss that wants gradients (evaluation, generation) stay as they are.
     """
 
+    kind = next(p.dtype for p in teacher.parameters() if p.is_floating_point())
+
     def hook(module: nn.Module, args: Any, given: dict[str, Any], output: Any) -> Any:
         if not torch.is_grad_enabled():
             return None
@@ -76,7 +78,8 @@ def mixing(teacher: nn.Module, share: float, temperature: float) -> Callable[...
                 "train a model that computes its loss, or set distill=0"
             )
         with torch.no_grad():
-            theirs = teacher(*args, **{k: v for k, v in given.items() if k not in _LABELS}).logits
+            asked = {k: _as(v, kind) for k, v in given.items() if k not in _LABELS}
+            theirs = teacher(*(_as(value, kind) for value in args), **asked).logits
         where = given.get("attention_mask")
         if where is None or where.shape != output.logits.shape[:-1]:
             where = None
@@ -85,3 +88,9 @@ def mixing(teacher: nn.Module, share: float, temperature: float) -> Callable[...
         return output
 
     return hook
+
+
+def _as(value: Any, kind: torch.dtype) -> Any:
+    """Inputs in the teacher's precision: mixed precision may have cast them to the student's."""
+    floats = isinstance(value, Tensor) and value.is_floating_point()
+    return value.to(kind) if floats else value

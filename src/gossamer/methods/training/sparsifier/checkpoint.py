@@ -1,4 +1,7 @@
-"""The state of a sparse training in a file: masks at one bit a weight, and plain values as JSON."""
+"""The state of a sparse training in a file: masks at one bit a weight, and plain values as JSON.
+
+Where the state holds sharded values every process writes a file of its own beside rank 0's.
+"""
 
 import json
 import os
@@ -10,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from gossamer.core import GossamerError
+from gossamer.methods.training.sparsifier.layout import here, is_sharded, rank, world
 
 __all__ = ["STATE_FILE", "read_state", "write_state"]
 
@@ -17,11 +21,21 @@ STATE_FILE = "gossamer_sparsifier.safetensors"
 
 
 def write_state(state: Mapping[str, Any], path: str | Path) -> None:
-    """Write what ``Sparsifier.state_dict`` gave; readers see the old file or the new one."""
-    path = Path(path)
+    """Write what ``Sparsifier.state_dict`` gave; readers see the old file or the new one.
+
+    Call it on every process: where nothing is sharded, all but rank 0 do nothing.
+    """
+    sharded = any(map(is_sharded, state["removed"].values()))
+    if rank() and not sharded:
+        return
+    path = _own(Path(path), sharded)
     tensors = {f"mask.{name}": value for name, value in state["masks"].items()}
-    tensors |= {f"removed.{name}": value.cpu() for name, value in state["removed"].items()}
+    tensors |= {
+        f"removed.{name}": here(value).cpu().contiguous()
+        for name, value in state["removed"].items()
+    }
     plain = {name: state[name] for name in ("method", "updates", "world_size", "flops")}
+    plain["sharded"] = sharded
     part = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         save_file(tensors, str(part), metadata={"state": json.dumps(plain)})
@@ -31,23 +45,33 @@ def write_state(state: Mapping[str, Any], path: str | Path) -> None:
 
 
 def read_state(path: str | Path) -> dict[str, Any]:
-    """What :func:`write_state` wrote, for ``attach(..., state=...)``.
+    """What :func:`write_state` wrote, for ``attach(..., state=...)``, as this process needs it.
 
     Raises
     ------
     GossamerError
-        If the file is missing or none of ours.
+        If the file, or this process's part, is missing or none of ours.
     """
-    try:
-        with safe_open(str(path), "pt") as file:
-            plain = json.loads((file.metadata() or {})["state"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except (OSError, SafetensorError, KeyError, json.JSONDecodeError):
-        raise GossamerError(
-            f"{path} holds no state of a sparse training; give a checkpoint written during one"
-        ) from None
+    plain, tensors = _read(Path(path))
+    if plain.get("sharded") and rank() and plain["world_size"] == world():
+        plain, tensors = _read(_own(Path(path), sharded=True))
     groups: dict[str, dict[str, Any]] = {"mask": {}, "removed": {}}
     for name, tensor in tensors.items():
         kind, _, path_in_model = name.partition(".")
         groups[kind][path_in_model] = tensor
     return {**plain, "masks": groups["mask"], "removed": groups["removed"]}
+
+
+def _own(path: Path, sharded: bool) -> Path:
+    return path.with_suffix(f".rank{rank()}{path.suffix}") if sharded and rank() else path
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    try:
+        with safe_open(str(path), "pt") as file:
+            plain = json.loads((file.metadata() or {})["state"])
+            return plain, {name: file.get_tensor(name) for name in file.keys()}
+    except (OSError, SafetensorError, KeyError, json.JSONDecodeError):
+        raise GossamerError(
+            f"{path} holds no state of a sparse training; give a checkpoint written during one"
+        ) from None

@@ -21,7 +21,9 @@ __all__ = [
     "here",
     "is_sharded",
     "mean_everywhere",
+    "rank",
     "reshard",
+    "shards_itself",
     "size_of",
     "sum_over_processes",
     "world",
@@ -31,6 +33,11 @@ __all__ = [
 def world() -> int:
     """Number of processes that train together."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Number of this process among those that train together."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
 def here(tensor: Any) -> Tensor:
@@ -84,7 +91,7 @@ class Layout:
         self.working: Any = weight.device
         self.sharded = self.mesh is not None
         self.local: tuple[int, ...] = tuple(here(weight).shape)
-        self.mine = self.sharded or world() == 1 or dist.get_rank() == 0
+        self.mine = self.sharded or rank() == 0
         if not self.sharded:
             return
         from torch.distributed.tensor import Replicate, Shard
@@ -206,7 +213,14 @@ def reshard(model: nn.Module) -> None:
                 "FullyShardedDataParallel holds flat parameters, which have no rows to make "
                 "sparse; shard the model with torch.distributed.fsdp.fully_shard"
             )
-        if type(module).__name__.startswith("FSDP") and hasattr(
-            module, "set_reshard_after_forward"
-        ):
+        if _wrapped(module):
             module.reshard()  # type: ignore[operator]
+
+
+def shards_itself(model: nn.Module) -> bool:
+    """Whether ``fully_shard`` wraps the model or a part of it."""
+    return any(map(_wrapped, model.modules()))
+
+
+def _wrapped(module: nn.Module) -> bool:
+    return hasattr(module, "set_reshard_after_forward")
