@@ -95,6 +95,38 @@ def test_bad_prompts_are_one_line(capsys, tmp_path, line, message):
     assert message in said
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("own.jsonl", None, "cannot be read (No such file or directory)"),
+        ("own.txt", None, "cannot be read (No such file or directory)"),
+        (".", None, "cannot be read (Is a directory)"),
+        ("own.jsonl", b"", "is empty"),
+        ("own.txt", b" \n\n", "is empty"),
+        ("own.txt", b"\xff\xfe\x00", "is no UTF-8 text"),
+        ("own.jsonl", b"\n\nplain words\n", "line 3 is no JSON"),
+        ("own.json", b'["prompt", "answer"]', 'line 1 needs {"prompt": text, "answer": text}'),
+    ],
+)
+def test_what_is_wrong_with_the_file_is_said_before_the_model_loads(
+    capsys, tmp_path, monkeypatch, name, content, message
+):
+    from gossamer.cli import recommend
+
+    def load(*_, **__):
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(recommend, "load", load)
+    path = tmp_path / name
+    if content is not None:
+        path.write_bytes(content)
+    assert call("--prompts", str(path), "--methods", "quest") == 2
+    (said,) = capsys.readouterr().err.strip().splitlines()
+    assert message in said
+    assert call("--tasks", "niah", "--methods", "quest") == 2
+    assert "unknown task" in capsys.readouterr().err
+
+
 def test_prompts_the_model_cannot_answer(capsys, tmp_path):
     path = tmp_path / "own.jsonl"
     lines = [json.dumps({"prompt": "def f(x):", "answer": f"zq{i}"}) for i in range(5)]

@@ -7,8 +7,8 @@ from cyclopts import Parameter
 from gossamer.cli.show import bar, console, print_json, table, warn
 from gossamer.core import GossamerError, check_count
 from gossamer.evaluate.environment import environment
-from gossamer.evaluate.long_context import TASKS, Sample, suite
-from gossamer.evaluate.long_context.prompts import Kind, read_prompts
+from gossamer.evaluate.long_context import TASKS, Sample, find_task, suite
+from gossamer.evaluate.long_context.prompts import Kind, Source, prompts_of, read_source
 from gossamer.evaluate.verdict import check_margin, samples_needed
 from gossamer.models import Loaded, context_length
 from gossamer.recipes import frontier
@@ -92,6 +92,9 @@ def recommend(
     for name in names:
         frontier.at_amount(name, rungs[0], length or _LENGTH)
     wanted = tuple(w.strip() for w in tasks.split(",") if w.strip()) or tuple(TASKS)
+    for name in wanted:
+        find_task(name)
+    source = None if prompts == "builtin" else read_source(prompts, count=samples)
     loaded = load(model, dtype=dtype, device=device, allow_pickle=allow_pickle)
     limit = context_length(loaded.model)
     if length is None:
@@ -100,9 +103,9 @@ def recommend(
         raise GossamerError(
             f"length {length} is over the model's limit of {limit} tokens; give at most {limit}"
         )
-    tests = len(names) * (len(wanted) if prompts == "builtin" else 1)
+    tests = len(names) * (len(wanted) if source is None else 1)
     needed = samples_needed(margin, tests=tests)
-    kind, groups = _prompts(loaded, prompts, wanted, length, samples, min(needed, 512), seed)
+    kind, groups = _prompts(loaded, source, wanted, length, samples, min(needed, 512), seed)
     found, refused = _climb(
         loaded, groups, names, rungs, kind, margin, batch_size, unseen, timed, seed, json, length
     )
@@ -125,20 +128,20 @@ def recommend(
 
 def _prompts(
     loaded: Loaded,
-    source: str,
+    source: Source | None,
     tasks: tuple[str, ...],
     length: int,
     count: int | None,
     default: int,
     seed: int,
 ) -> tuple[Kind, dict[str, list[Sample]]]:
-    """Prompts by task, and how they are scored."""
-    if source == "builtin":
+    """Prompts by task, and how they are scored; made up where there is no source."""
+    if source is None:
         made = suite(
             loaded.tokenizer, length=length, count=count or default, tasks=tasks, seed=seed
         )
         return "answers", made
-    kind, own = read_prompts(source, loaded.tokenizer, length=length, count=count)
+    kind, own = prompts_of(source, loaded.tokenizer, length=length, count=count)
     return kind, {"prompts": own}
 
 

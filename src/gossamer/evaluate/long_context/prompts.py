@@ -5,6 +5,7 @@ Shapes: B = prompts of a batch, T = tokens.
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Literal
@@ -17,7 +18,7 @@ from gossamer.evaluate.forward import device_of, evaluating
 from gossamer.evaluate.long_context.fit import Sample
 from gossamer.evaluate.long_context.scoring import Answers
 
-__all__ = ["Kind", "continued", "read_prompts"]
+__all__ = ["Kind", "Source", "continued", "prompts_of", "read_prompts", "read_source"]
 
 Kind = Literal["answers", "text"]
 """Answers are matched exactly; of a text the loss of its continuation is compared."""
@@ -26,24 +27,35 @@ CONTINUATION = 64
 """Tokens at the end of a text that are predicted, or a quarter of a short one."""
 
 
-def read_prompts(
-    path: str | Path, tokenizer: Any, *, length: int, count: int | None = None
-) -> tuple[Kind, list[Sample]]:
-    """Prompts from a file.
+@dataclass(frozen=True)
+class Source:
+    """A file of prompts, read and checked; no tokenizer has seen it.
 
     Parameters
     ----------
-    path : JSONL whose lines are ``{"prompt": text, "answer": text or list of texts}``; or plain
-        text, cut into windows of ``length`` tokens.
-    length : most tokens of a prompt with its answer.
-    count : most prompts; None takes all.
+    path : of the file. kind : ``answers`` of JSONL, ``text`` of plain text. text : all of a plain
+        text. asked : prompts with their answers, of JSONL.
+    """
+
+    path: str
+    kind: Kind
+    text: str = ""
+    asked: tuple[tuple[str, tuple[str, ...]], ...] = ()
+
+
+def read_source(path: str | Path, *, count: int | None = None) -> Source:
+    """A file of prompts; whatever is wrong with it is found here, before a model is there.
+
+    Parameters
+    ----------
+    path : JSONL (.jsonl, .json) whose lines are ``{"prompt": text, "answer": text or list of
+        texts}``; or plain text. count : most prompts; None takes all.
 
     Raises
     ------
     GossamerError
-        If the file cannot be read, a line has no prompt or answer, or a prompt is too long.
+        If the file cannot be read, holds nothing, or a line has no prompt or answer.
     """
-    check_count("length", length, 16)
     if count is not None:
         check_count("samples", count, 1)
     file = Path(path)
@@ -54,19 +66,49 @@ def read_prompts(
         raise GossamerError(
             f"{path} cannot be read ({reason}); give builtin, a JSONL file or a text file"
         ) from None
-    if file.suffix in (".jsonl", ".json"):
-        lines = [line for line in text.splitlines() if line.strip()]
-        found = [_asked(line, i, path, tokenizer, length) for i, line in enumerate(lines[:count])]
-        kind: Kind = "answers"
-    else:
-        found, kind = _windows(text, tokenizer, length, count), "text"
+    if not text.strip():
+        raise GossamerError(f"{path} is empty; give a JSONL file or a text file with something in")
+    if file.suffix not in (".jsonl", ".json"):
+        return Source(str(path), "text", text=text)
+    lines = [(i, line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
+    asked = tuple(_asked(line, f"{path}, line {i}") for i, line in lines[:count])
+    return Source(str(path), "answers", asked=asked)
+
+
+def read_prompts(
+    path: str | Path, tokenizer: Any, *, length: int, count: int | None = None
+) -> tuple[Kind, list[Sample]]:
+    """Prompts from a file: :func:`read_source`, then :func:`prompts_of`."""
+    return prompts_of(read_source(path, count=count), tokenizer, length=length, count=count)
+
+
+def prompts_of(
+    source: Source, tokenizer: Any, *, length: int, count: int | None = None
+) -> tuple[Kind, list[Sample]]:
+    """Prompts of a file, as tokens.
+
+    Parameters
+    ----------
+    length : most tokens of a prompt with its answer; plain text is cut into windows of so many.
+    count : most prompts; None takes all.
+
+    Raises
+    ------
+    GossamerError
+        If a prompt is too long, or a text too short for one.
+    """
+    check_count("length", length, 16)
+    if source.kind == "answers":
+        asked = source.asked[:count]
+        return "answers", [_sample(source, i, tokenizer, length) for i in range(len(asked))]
+    found = _windows(source.text, tokenizer, length, count)
     if not found:
-        raise GossamerError(f"{path} fills no prompt of {length} tokens; give more text")
-    return kind, found
+        raise GossamerError(f"{source.path} fills no prompt of {length} tokens; give more text")
+    return "text", found
 
 
-def _asked(line: str, index: int, path: Any, tokenizer: Any, length: int) -> Sample:
-    where = f"{path}, line {index + 1}"
+def _asked(line: str, where: str) -> tuple[str, tuple[str, ...]]:
+    """Prompt and answers of one line."""
     try:
         value = json.loads(line)
     except ValueError:
@@ -78,13 +120,18 @@ def _asked(line: str, index: int, path: Any, tokenizer: Any, length: int) -> Sam
         raise GossamerError(f'{where} needs {{"prompt": text, "answer": text}}')
     if not all(isinstance(one, str) and one.strip() for one in answers) or not prompt.strip():
         raise GossamerError(f"{where} has an empty prompt or answer; fill it in or leave it out")
+    return prompt, tuple(answers)
+
+
+def _sample(source: Source, index: int, tokenizer: Any, length: int) -> Sample:
+    prompt, answers = source.asked[index]
     answer = ", ".join(answers)
     ids = tokenizer(prompt, verbose=False)["input_ids"]
     answer_ids = tokenizer(" " + answer, add_special_tokens=False, verbose=False)["input_ids"]
     if len(ids) + len(answer_ids) > length:
         raise GossamerError(
-            f"{where} takes {len(ids) + len(answer_ids)} tokens and the length is {length}; "
-            "give a larger --length or shorten it"
+            f"{source.path}, prompt {index + 1} takes {len(ids) + len(answer_ids)} tokens and the "
+            f"length is {length}; give a larger --length or shorten it"
         )
     return Sample(
         task="prompts",
@@ -93,7 +140,7 @@ def _asked(line: str, index: int, path: Any, tokenizer: Any, length: int) -> Sam
         context=prompt,
         question="",
         answer=answer,
-        answers=tuple(answers),
+        answers=answers,
         ids=tuple(ids),
         split=len(ids),
         answer_ids=tuple(answer_ids),
