@@ -1,6 +1,6 @@
 """Continued N:M training at equal tokens: held-out loss of each method, beside dense and random.
 
-    python benchmarks/nm_training.py [MODEL] [--texts FILE] [--heldout FILE] [--method NAME ...]
+    python benchmarks/nm_training.py [MODEL] [--texts FILE] [--heldout FILE ...] [--method NAME ...]
         [--minutes 5 | --steps N] [--batch 8] [--length 256] [--lr 3e-4] [--pull 1e-4]
         [--windows 64] [--seed 0] [--device cuda] [--threads 1] [--json FILE]
 
@@ -8,8 +8,9 @@ One-shot SparseGPT, one-shot magnitude and a random mask trained under fixed mas
 with SLoRB, CAST, progressive gradient flow, and the dense model, as it is and trained on. All see
 the same batches in the same order; ``--minutes`` is the time for everything, from which the number
 of updates follows after two updates of CAST, the costliest, were timed. ``--pull`` is CAST's: the
-paper's 4e-7 is for batches of 4M tokens. Printed: held-out loss, the gap to the dense model, the
-sparsity, operations over a dense training's, seconds, and peak memory on a GPU.
+paper's 4e-7 is for batches of 4M tokens. Printed: held-out loss of each file (choose settings by
+one, report another), the gap to the dense model, the sparsity, operations over a dense
+training's, seconds, and peak memory on a GPU.
 """
 
 import argparse
@@ -73,7 +74,8 @@ def run(name: str, model: nn.Module, train: Tokens, steps: int, given: argparse.
 def measured(
     name: str,
     start: nn.Module,
-    texts: tuple[Tokens, Tokens],
+    train: Tokens,
+    tests: list[Tokens],
     steps: int,
     given: argparse.Namespace,
 ) -> dict[str, Any]:
@@ -83,12 +85,12 @@ def measured(
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
     began = time.perf_counter()
-    work = run(name, model, texts[0], steps, given)
+    work = run(name, model, train, steps, given)
     spent = time.perf_counter() - began
     flops = getattr(work, "flops", None)
     return {
         "method": name,
-        "loss": score(model, texts[1], batch_size=given.batch).loss,
+        "loss": [score(model, test, batch_size=given.batch).loss for test in tests],
         "sparsity": 0.0 if work is None else work.report().sparsity,
         "flops": None if flops is None else flops.share,
         "seconds": spent,
@@ -101,7 +103,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("model", nargs="?", default="nano")
     parser.add_argument("--texts")
-    parser.add_argument("--heldout")
+    parser.add_argument("--heldout", nargs="+")
     parser.add_argument("--method", nargs="+", choices=NAMES, default=list(NAMES))
     parser.add_argument("--minutes", type=float, default=5.0)
     parser.add_argument("--steps", type=int)
@@ -119,12 +121,15 @@ def main() -> None:
     loaded = load_model(given.model, dtype="float32", device=given.device)
     documents = read_documents(given.texts, "calibration")
     if given.texts is None or given.heldout is not None:
-        held = read_documents(given.heldout, "heldout")
+        held = [read_documents(file, "heldout") for file in given.heldout or (None,)]
     else:
-        documents, held = halves(documents)
+        documents, other = halves(documents)
+        held = [other]
     cut = {"length": given.length}
     train = Tokens.from_documents(documents, loaded.tokenizer, **cut)
-    test = Tokens.from_documents(held, loaded.tokenizer, **cut).slice(given.windows)
+    tests = [
+        Tokens.from_documents(one, loaded.tokenizer, **cut).slice(given.windows) for one in held
+    ]
     steps = given.steps
     if steps is None:
         began = time.perf_counter()
@@ -133,20 +138,19 @@ def main() -> None:
         steps = max(2, int(given.minutes * 60 / each / len(given.method)))
     tokens = steps * given.batch * given.length
     print(f"{given.model}: 2:4, {steps} updates, {tokens:,} tokens each, {given.threads} threads")
-    print(
-        f"{'method':14s} {'loss':>8s} {'gap':>8s} {'sparsity':>9s} {'ops':>7s} {'s':>7s} "
-        f"{'GiB':>6s}"
-    )
-    dense = score(loaded.model, test, batch_size=given.batch).loss
+    heads = " ".join(["    loss"] * len(tests) + ["     gap"] * len(tests))
+    print(f"{'method':14s} {heads} {'sparsity':>9s} {'ops':>7s} {'s':>7s} {'GiB':>6s}")
+    dense = [score(loaded.model, test, batch_size=given.batch).loss for test in tests]
     rows: list[dict[str, Any]] = []
     for name in given.method:
-        row = measured(name, loaded.model, (train, test), steps, given)
-        row["gap"] = row["loss"] - dense
+        row = measured(name, loaded.model, train, tests, steps, given)
+        row["gap"] = [found - own for found, own in zip(row["loss"], dense, strict=True)]
         rows.append(row)
         share = "" if row["flops"] is None else f"{row['flops']:.1%}"
         peak = "" if row["peak_gib"] is None else f"{row['peak_gib']:.2f}"
         print(
-            f"{name:14s} {row['loss']:8.4f} {row['gap']:+8.4f} {row['sparsity']:9.2%} {share:>7s} "
+            f"{name:14s} {' '.join(f'{x:8.4f}' for x in row['loss'])} "
+            f"{' '.join(f'{x:+8.4f}' for x in row['gap'])} {row['sparsity']:9.2%} {share:>7s} "
             f"{row['seconds']:7.1f} {peak:>6s}  {'; '.join(row['warnings'])}",
             flush=True,
         )

@@ -18,7 +18,7 @@ import json
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
+from multiprocessing import current_process, get_context
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +37,14 @@ TASK_LIST = (*(t for t in TASKS if t != "variable_tracking"), "variable_tracking
 
 
 def prepare(options: argparse.Namespace) -> None:
-    """Load model and prompts in this process."""
+    """Load model and prompts in this process; processes share out the GPUs there are."""
     torch.set_num_threads(options.threads)
-    loaded = recall.load(options.model, dtype=options.dtype, device=options.device)
+    device = options.device
+    if device == "cuda":
+        process = current_process()._identity  # pyright: ignore[reportAttributeAccessIssue]
+        device = f"cuda:{sum(process) % torch.cuda.device_count()}"
+        torch.cuda.set_device(device)
+    loaded = recall.load(options.model, dtype=options.dtype, device=device)
     prompts = suite(
         loaded.tokenizer,
         length=options.length,
