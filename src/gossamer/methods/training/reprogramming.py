@@ -57,7 +57,7 @@ class Reprogramming(Method):
     width : of the frame in pixels, or number of vectors before a text.
     canvas : side of the network's images; None takes its configuration's, or the images' own.
     epochs, lr, batch_size : of Adam; the rate falls to a tenth at 50 % and again at 72 %.
-    remap_every : epochs a label map stays.
+    remap_every : epochs a label map stays; 0 takes the network's classes in their order.
     shots : samples of every class that are used; None uses all.
     seed : of the samples drawn, their order, and the first values of a probe or of vectors.
 
@@ -105,8 +105,9 @@ class Reprogramming(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("width", "epochs", "batch_size", "remap_every"):
+        for name in ("width", "epochs", "batch_size"):
             check_count(name, getattr(self, name), 1)
+        check_count("remap_every", self.remap_every, 0)
         for name in ("canvas", "shots"):
             if getattr(self, name) is not None:
                 check_count(name, getattr(self, name), 1)

@@ -97,7 +97,7 @@ def train_prompt(
     losses: list[float] = []
     with _frozen(host.model):
         for epoch in range(plan.epochs):
-            if epoch % plan.remap_every == 0:
+            if plan.remap_every and epoch % plan.remap_every == 0:
                 remap(host, examples, plan.batch_size)
             total = 0.0
             for values, labels in examples.batches(plan.batch_size, device, generator):
