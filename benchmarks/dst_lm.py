@@ -16,6 +16,7 @@ import argparse
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
@@ -194,6 +195,7 @@ def show_width(groups: Mapping[str, Sequence[Row]]) -> None:
 
 def main() -> None:
     parser = arguments((__doc__ or "").partition("\n")[0], ("main", "sweep", "width", "report"))
+    parser.set_defaults(out=Path("runs/dst_lm"))
     given = parser.parse_args()
     jobs: list[Job] = []
     for name, make in (("main", main_jobs), ("sweep", sweep_jobs), ("width", width_jobs)):

@@ -1,5 +1,7 @@
 """When weights go: shares of the operations spent, found before the training runs."""
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -34,7 +36,7 @@ def test_sparsity_follows_the_curve_over_operations(curve, fixed, window):
     last, final = found[-1]
     assert final == sparsity
     assert spent_after(found, steps, fixed, last) / total == pytest.approx(window[1], abs=2 / total)
-    gaps = {b - a for (a, _), (b, _) in zip(found[:-1], found[1:-1], strict=False)}
+    gaps = {b - a for (a, _), (b, _) in pairwise(found[:-1])}
     assert gaps <= {5}
 
 
@@ -65,9 +67,9 @@ def test_any_timetable_rises_and_ends_at_the_sparsity(steps, bounds, curve, spar
     updates = [update for update, _ in found]
     assert found[-1][1] == sparsity
     assert 1 <= updates[0] <= updates[-1] <= steps
-    assert all(a < b for a, b in zip(updates, updates[1:], strict=False))
+    assert all(a < b for a, b in pairwise(updates))
     levels = [level for _, level in found]
-    assert all(a <= b for a, b in zip(levels, levels[1:], strict=False))
+    assert all(a <= b for a, b in pairwise(levels))
     floor = fixed + (1 - fixed) * (1 - sparsity)
     assert floor - 1e-9 <= share_of(found, steps, fixed) <= 1 + 1e-9
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import minimize
+from threadpoolctl import threadpool_limits
 
 from gossamer.core import GossamerError, check_count
 
@@ -151,8 +152,10 @@ def fit_scaling_law(
     order = np.lexsort((measured, d, n))  # the order of runs decides nothing
     n, d, measured = n[order], d[order], measured[order]
     _check_settings(n, d)
-    law, likely = _fit(n, d, measured, delta, None)
-    drawn, outside = _bootstrap((n, d, measured), delta, likely, draws, seed)
+    # On five unknowns the solver's threads wait for one another: fifty times the processor's time.
+    with threadpool_limits(1, user_api="blas"):
+        law, likely = _fit(n, d, measured, delta, None)
+        drawn, outside = _bootstrap((n, d, measured), delta, likely, draws, seed)
     intervals = None
     if drawn:
         cut = 0.5 * (1.0 - level)
