@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from gossamer.core import GossamerError
+from gossamer.core import GossamerError, pack_bits, unpack_bits
 from gossamer.methods.training.sparsifier.layers import Layer
 from gossamer.methods.training.sparsifier.layout import Layout, here, sum_over_processes, world
 
@@ -201,8 +202,15 @@ def same_everywhere(
     """
     if world() == 1:
         return dict(masks)
-    whole = {path: held is None or not held[path].layout.sharded for path in masks}
-    return {
-        path: Layout(path, mask).agreed(mask) if whole[path] else mask
-        for path, mask in masks.items()
+    whole = [p for p in masks if held is None or not held[p].layout.sharded]
+    if not whole:
+        return dict(masks)
+    packed = [pack_bits(masks[path]) for path in whole]
+    # All of them at once: a message costs more than what it carries.
+    bits = torch.cat(packed)
+    dist.broadcast(bits, src=0)
+    parts = bits.split([len(part) for part in packed])
+    agreed = {
+        p: unpack_bits(part, tuple(masks[p].shape)) for p, part in zip(whole, parts, strict=True)
     }
+    return {**masks, **agreed}
