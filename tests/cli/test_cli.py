@@ -86,6 +86,23 @@ def test_methods_as_json_carry_every_column(capsys):
     assert rows["wanda"]["arxiv"] == "2306.11695"
 
 
+def test_methods_filter_by_the_words_of_their_cards(capsys):
+    words = ("--when", "during", "--start", "sparse", "--masks", "dynamic", "--pattern", "n:m")
+    _, out, _ = run(capsys, "methods", *words, "--json")
+    found = {row["key"]: row["card"] for row in json.loads(out)}
+    assert {"set", "rigl"} <= found.keys()
+    assert not {"gmp", "snip", "random_pruning", "wanda"} & found.keys()
+    for card in found.values():
+        assert card["when"] == "during training"
+        assert card["start"] == "sparse to sparse"
+        assert "N:M" in card["pattern"]
+    # "dense" is a word of its own and the beginning of another.
+    _, out, _ = run(capsys, "methods", "--start", "dense", "--json")
+    assert {row["start"] for row in json.loads(out)} == {"dense"}
+    assert "before training, during training" in fails(capsys, "methods", "--when", "never")
+    assert "leave one out" in fails(capsys, "methods", "--pattern", "moebius")
+
+
 def test_methods_filter_by_family(capsys):
     _, out, _ = run(capsys, "methods", "--family", "attention", "--json")
     assert {row["family"] for row in json.loads(out)} == {"attention"}
