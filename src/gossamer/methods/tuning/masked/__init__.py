@@ -1,0 +1,1 @@
+"""Frozen matrices with a low-rank update behind a mask that is learned."""

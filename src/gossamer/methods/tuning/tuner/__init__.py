@@ -1,0 +1,1 @@
+"""What puts trainable parameters beside frozen matrices, steps them, and takes them away."""
