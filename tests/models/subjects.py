@@ -25,6 +25,7 @@ from tests.models.clips import (
 from tests.models.diffusion import denoised, diffusion_lm
 from tests.models.dynamics import broken, perceptron, predictions, pushes
 from tests.models.patches import broken_patches, coder, patches, recoded
+from tests.models.spaces import broken_digits, decisions, images_to_search, space
 from tests.models.tables import autoencoder, broken_table, reconstruction, table
 from tests.models.tiny import tiny_model
 from tests.models.vision import images, logits, mobilenet
@@ -161,6 +162,9 @@ SUBJECTS: dict[str, Subject] = {
     ),
     "classifier": Subject(
         build=classifier, data=labelled, outputs=class_scores, broken=broken_labels
+    ),
+    "search space": Subject(
+        build=space, data=images_to_search, outputs=decisions, broken=broken_digits
     ),
     "dynamics model": Subject(build=perceptron, data=pushes, outputs=predictions, broken=broken),
 }
