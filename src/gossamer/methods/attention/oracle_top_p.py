@@ -62,6 +62,7 @@ class OracleTopP(AttentionMethod):
         family="attention",
         when="inference",
         start="dense",
+        masks="dynamic",
         site="attention scores",
         score="true attention probability, averaged over the heads of a group",
         pattern="keys or square blocks",

@@ -104,6 +104,7 @@ class PrefillDecode(AttentionMethod):
         family="attention",
         when="inference",
         start="dense",
+        masks="dynamic",
         site="attention scores",
         score="of its parts",
         pattern="of its parts",

@@ -59,6 +59,7 @@ class RandomKeys(AttentionMethod):
         family="attention",
         when="inference",
         start="dense",
+        masks="dynamic",
         site="attention scores",
         score="chance",
         pattern="keys or square blocks",

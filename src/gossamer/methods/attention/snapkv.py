@@ -169,6 +169,7 @@ class SnapKV(AttentionMethod):
         family="attention",
         when="inference",
         start="dense",
+        masks="dynamic",
         masks="static",
         site="keys and values in the cache",
         score="attention of the prompt's last queries, pooled over neighbours",

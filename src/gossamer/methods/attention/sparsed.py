@@ -70,6 +70,7 @@ class SparseD(Method):
         family="attention",
         when="inference",
         start="dense",
+        masks="dynamic",
         site="attention scores of a bidirectional model",
         score="mean attention probability of a tile",
         pattern="key blocks per head and block of queries",
