@@ -170,7 +170,6 @@ class SnapKV(AttentionMethod):
         when="inference",
         start="dense",
         masks="dynamic",
-        masks="static",
         site="keys and values in the cache",
         score="attention of the prompt's last queries, pooled over neighbours",
         pattern="keys per key-value head",
