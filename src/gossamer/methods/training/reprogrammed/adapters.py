@@ -30,6 +30,11 @@ class Adapter(nn.Module, ABC):
     def leave(self, features: Tensor, logits: Tensor) -> Tensor:
         """Target logits (B, T) from the head's input (B, F) and its output (B, S)."""
 
+    @property
+    def learned(self) -> int:
+        """Number of learned values."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
     def options(self) -> dict[str, Any]:
         """Plain values that build it again."""
         return {}
@@ -107,6 +112,11 @@ class ImagePrompt(_Mapped):
         size = self.canvas - 2 * self.width
         inner = torch.ones(size, size, dtype=torch.bool, device=self.frame.device)
         return pad(inner, [self.width] * 4, value=False)
+
+    @property
+    def learned(self) -> int:
+        """Values of the frame, without those behind the image."""
+        return len(self.frame) * int((~self.inside).sum())
 
     def enter(self, name: str, value: Tensor) -> Tensor:
         image = pad(resized(value, self.canvas - 2 * self.width), [self.width] * 4)

@@ -138,9 +138,8 @@ class Reprogrammed(Applied):
             gone = 1.0 - int(weight.count_nonzero()) / layer.size
             rows.append(SiteRow(layer.name, layer.role, layer.block, layer.size, gone))
         size = sum(p.numel() for p in self.model.parameters())
-        learned = sum(p.numel() for p in self.adapter.parameters())
         notes = [
-            f"{learned:,} values of a {self.adapter.kind} were learned; all {size:,} of the "
+            f"{self.adapter.kind} of {self.adapter.learned:,} learned values; all {size:,} of the "
             "network are frozen",
             *self._notes,
         ]
