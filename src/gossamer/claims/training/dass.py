@@ -147,8 +147,8 @@ CLAIMS = (
         sentence="A search that looks at the pruned network chooses another operation than one "
         "that looks at the dense network: one that pruning does not harm.",
         paper="architectures searched dense lose more when pruned; no figure",
-        experiment="planted: a matrix that is right when dense and useless with 3 weights of 1024, and "
-        "an operation without weights that is half right: softmax share of the latter",
+        experiment="planted: a matrix that is right when dense and useless with 3 of its 1024 "
+        "weights, and an operation without weights that is half right: softmax share of the latter",
         run=_planted,
         check=_planted_check,
         ours="the operation that survives gets {sparse:.0%} in the sparse search, {dense:.0%} in "

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.core import Card, GossamerError, Method, check_count, unknown
-from gossamer.methods.training.architecture.data import labelled_pair
 from gossamer.methods.training.architecture.masked import plain, sparse
 from gossamer.methods.training.architecture.search import (
     Found,
@@ -20,6 +19,7 @@ from gossamer.methods.training.architecture.search import (
 )
 from gossamer.methods.training.architecture.space import decided, mixed_ops
 from gossamer.models import Applied, Progress, Report, SiteRow, State
+from gossamer.models.pairs import labelled_pair
 
 __all__ = ["DASS", "FoundNetwork"]
 

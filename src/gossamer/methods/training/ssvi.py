@@ -19,6 +19,7 @@ from gossamer.methods.training.bayesian.criteria import CRITERIA, Criterion
 from gossamer.methods.training.bayesian.posterior import Posterior
 from gossamer.methods.training.bayesian.training import Plan, Trained, train, weights_of
 from gossamer.models import Applied, Progress, Report, SiteRow, State
+from gossamer.models.pairs import labelled_pair
 
 __all__ = ["SSVI", "SparsePosterior"]
 
@@ -196,13 +197,7 @@ class SSVI(Method):
         GossamerError
             If the data are no such pair, or training diverges.
         """
-        x, y = _pair(data)
-        with torch.no_grad():
-            classes = model(x[:1]).shape[-1]
-        if int(y.min()) < 0 or int(y.max()) >= classes:
-            raise GossamerError(
-                f"labels go from {int(y.min())} to {int(y.max())}; the model has {classes} classes"
-            )
+        x, y = labelled_pair(data, model, self.key())
         plan = Plan(**{n: getattr(self, n) for n in Plan.__dataclass_fields__})
         generator = torch.Generator().manual_seed(self.seed)
         return SparsePosterior(self, model, train(model, x, y, plan, generator, progress))
@@ -225,20 +220,3 @@ class SSVI(Method):
         }
         others = {n[6:]: t for n, t in tensors.items() if n.startswith("other.")}
         return SparsePosterior(self, model, Trained(posteriors, others))
-
-
-def _pair(data: Any) -> tuple[Tensor, Tensor]:
-    pair = isinstance(data, tuple | list) and len(data) == 2
-    if not pair or not all(isinstance(t, Tensor) for t in data):
-        raise GossamerError(
-            f"SSVI takes a pair of tensors, inputs and labels; got {type(data).__name__}"
-        )
-    x, y = data
-    if len(x) != len(y) or not len(x) or y.dim() != 1 or y.is_floating_point():
-        raise GossamerError(
-            f"inputs are (N, ...), labels whole numbers (N,); got {tuple(x.shape)} and "
-            f"{y.dtype} {tuple(y.shape)}"
-        )
-    if not torch.isfinite(x).all():
-        raise GossamerError("inputs hold NaN or infinity; fill or drop those samples")
-    return x, y.long()

@@ -1,4 +1,7 @@
-"""Inputs and labels, checked against a classifier."""
+"""Pairs of inputs and labels, checked against a classifier.
+
+Shapes: N samples, C classes.
+"""
 
 from typing import Any
 
