@@ -1,6 +1,7 @@
 """N:M training in any loop: dense weights behind a mask, exact resumption, exact end."""
 
 import copy
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -177,6 +178,33 @@ def test_an_update_left_out_by_the_gradient_scaler_does_not_count():
     assert all(p.isfinite().all() for p in model.parameters())
 
 
+@pytest.mark.parametrize("key", ["sr_ste", "cast", "ast_boosted", "fading"])
+def test_a_fused_optimizer_that_unscales_by_itself(key):
+    """It sees gradients times 1024; what is added to them, and other tensors' gradients, follow."""
+    method = replace(METHODS[key], steps=6)
+    method = replace(method, pull=0.05) if key != "fading" else method
+    ends = []
+    for scale in (0.0, 1024.0):
+        model = Net()
+        trains = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
+        sparsifier = method.attach(model, trains)
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale or 1.0, enabled=bool(scale))
+        for step in range(6):
+            x, y = batch(step)
+            scaler.scale(model(x, labels=y).loss).backward()
+            scaler.step(trains)
+            scaler.update()
+            sparsifier.step()
+            trains.zero_grad()
+        saved = copy.deepcopy(trains.state_dict())
+        trains.load_state_dict(saved)
+        ends.append([p.detach().clone() for p in model.parameters()])
+        sparsifier.finish()
+    assert sparsifier.updates == 6
+    for a, b in zip(*ends, strict=True):
+        assert torch.allclose(a, b, atol=1e-6)
+
+
 def test_undo_and_state_of_another_training():
     model = Net()
     start = copy.deepcopy(model.state_dict())
@@ -195,7 +223,7 @@ def test_undo_and_state_of_another_training():
 
 
 class TestBadInput:
-    def test_amsgrad_and_fused_adam(self):
+    def test_amsgrad(self):
         model = Net()
         trains = torch.optim.AdamW(model.parameters(), amsgrad=True)
         with pytest.raises(GossamerError, match="without amsgrad"):

@@ -3,12 +3,13 @@
 import pytest
 import torch
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from gossamer.core import GossamerError
+from gossamer.methods.training.cast import CAST
 from gossamer.methods.training.rigl import RigL
 from gossamer.methods.training.sparsifier.callback import SparsifierCallback
-from gossamer.methods.training.sparsifier.checkpoint import STATE_FILE, read_state
+from gossamer.methods.training.sparsifier.checkpoint import STATE_FILE, TEACHER_FILE, read_state
 from gossamer.models import at_work
 from tests.models.subjects import random_tokens
 from tests.models.tiny import tiny_model
@@ -26,21 +27,21 @@ class Windows(Dataset):
 
 
 def trainer(folder, callback, **values):
-    args = TrainingArguments(
-        output_dir=str(folder),
-        max_steps=8,
-        per_device_train_batch_size=2,
-        gradient_accumulation_steps=2,
-        learning_rate=1e-3,
-        use_cpu=True,
-        report_to=[],
-        disable_tqdm=True,
-        save_strategy="steps",
-        save_steps=4,
-        logging_strategy="no",
-        dataloader_pin_memory=False,
-        **values,
-    )
+    given = {
+        "output_dir": str(folder),
+        "max_steps": 8,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "learning_rate": 1e-3,
+        "use_cpu": True,
+        "report_to": [],
+        "disable_tqdm": True,
+        "save_strategy": "steps",
+        "save_steps": 4,
+        "logging_strategy": "no",
+        "dataloader_pin_memory": False,
+    }
+    args = TrainingArguments(**given | values)
     return Trainer(tiny_model("llama"), args, train_dataset=Windows(), callbacks=[callback])
 
 
@@ -71,6 +72,74 @@ def test_the_trainer_trains_sparsely_and_resumes_exactly(tmp_path):
 
     work.save(tmp_path / "sparse")
     assert (tmp_path / "sparse" / "gossamer.json").exists()
+
+
+@pytest.mark.parametrize("given", ["a copy", "a module", "a folder"])
+def test_a_teacher_is_there_again_after_resuming(tmp_path, given):
+    """CAST distils from the dense model, which a checkpoint in the middle does not hold."""
+    dense = tiny_model("llama")
+    dense.save_pretrained(tmp_path / "dense")
+    teacher = {"a copy": None, "a module": dense, "a folder": tmp_path / "dense"}[given]
+    method = CAST(every=2, pull=1e-3)
+
+    callback = SparsifierCallback(method, teacher=teacher)
+    whole = trainer(tmp_path / "runs", callback)
+    whole.train()
+    work = callback.applied
+    note = next(n for n in work.report().notes if n.startswith("memory"))
+    size = sum(p.numel() * p.element_size() for p in dense.parameters())
+    assert f"teacher {size:,} bytes" in note
+
+    kept = tmp_path / "runs" / TEACHER_FILE
+    assert kept.exists() == (given == "a copy")
+    again_callback = SparsifierCallback(method, teacher=teacher)
+    again = trainer(tmp_path / "runs", again_callback)
+    again.train(resume_from_checkpoint=str(tmp_path / "runs" / "checkpoint-4"))
+    for name, mask in work.masks.items():
+        assert torch.equal(mask, again_callback.applied.masks[name]), name
+    for a, b in zip(whole.model.parameters(), again.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+    for layer in work.layers:
+        method.pattern.check(work.selection(layer.name))
+
+    if given == "a copy":
+        kept.write_bytes(b"no")
+        with pytest.raises(GossamerError, match="holds no teacher of this model.*teacher="):
+            trainer(tmp_path / "runs", SparsifierCallback(method)).train(
+                resume_from_checkpoint=str(tmp_path / "runs" / "checkpoint-4")
+            )
+
+
+def test_accumulated_parts_of_an_update_distil_as_one_batch(tmp_path):
+    """Two parts of two rows train as one of four: the divergence is a mean over the update."""
+    ends = []
+    for parts in (1, 2):
+        callback = SparsifierCallback(CAST(every=2, pull=1e-3, distill=0.9))
+        run = trainer(
+            tmp_path / str(parts),
+            callback,
+            per_device_train_batch_size=4 // parts,
+            gradient_accumulation_steps=parts,
+            save_strategy="no",
+        )
+        norms = []
+        run.add_callback(_Norms(norms))
+        run.train()
+        ends.append((norms, [p.detach().clone() for p in run.model.parameters()]))
+    assert ends[0][0] == pytest.approx(ends[1][0], rel=1e-4)
+    for a, b in zip(ends[0][1], ends[1][1], strict=True):
+        assert torch.allclose(a, b, atol=1e-5)
+
+
+class _Norms(TrainerCallback):
+    """Gradient norms before every update."""
+
+    def __init__(self, found):
+        self.found = found
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **_):
+        squares = (p.grad.square().sum() for p in model.parameters() if p.grad is not None)
+        self.found.append(float(sum(squares).sqrt()))
 
 
 def test_undo_puts_the_weights_before_training_back(tmp_path):

@@ -52,14 +52,14 @@ def check_adam(optimizer: torch.optim.Optimizer, key: str) -> None:
             f"{key} changes Adam's update, the optimizer is a {type(optimizer).__name__}; "
             "attach to torch.optim.Adam or AdamW"
         )
-    for name in ("amsgrad", "maximize", "fused", "capturable"):
+    for name in ("amsgrad", "maximize", "capturable"):
         if any(group.get(name) for group in optimizer.param_groups):
             raise GossamerError(f"{key} changes Adam's update and knows it without {name} only")
 
 
-def start_adam(weight: Tensor, state: dict[str, Any]) -> None:
-    """Adam's state before the first update, under torch's names."""
-    state["step"] = torch.zeros(())
+def start_adam(weight: Tensor, state: dict[str, Any], *, fused: bool = False) -> None:
+    """Adam's state before the first update, under torch's names and where torch keeps it."""
+    state["step"] = torch.zeros((), device=weight.device if fused else None)
     state["exp_avg"] = torch.zeros_like(weight)
     state["exp_avg_sq"] = torch.zeros_like(weight)
 

@@ -4,7 +4,7 @@ The loss that the model computes itself is mixed with its divergence from the te
 its forward pass, so that any loop, transformers' Trainer included, trains on both.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from typing import Any
 
@@ -61,10 +61,12 @@ def frozen_copy(model: nn.Module, key: str) -> nn.Module:
 def mixing(teacher: nn.Module, share: float, temperature: float) -> Callable[..., Any]:
     """A forward hook: loss becomes (1 - share) · loss + share · T² KL.
 
-    Passes without a loss that wants gradients (evaluation, generation) stay as they are.
+    Passes without a loss that wants gradients (evaluation, generation) stay as they are. Where
+    the model divides its loss by the tokens of a whole update (``num_items_in_batch``), of which
+    this pass is a part, the divergence counts for that part as well.
     """
 
-    kind = next(p.dtype for p in teacher.parameters() if p.is_floating_point())
+    kind = next((p.dtype for p in teacher.parameters() if p.is_floating_point()), None)
 
     def hook(module: nn.Module, args: Any, given: dict[str, Any], output: Any) -> Any:
         if not torch.is_grad_enabled():
@@ -84,13 +86,25 @@ def mixing(teacher: nn.Module, share: float, temperature: float) -> Callable[...
         if where is None or where.shape != output.logits.shape[:-1]:
             where = None
         far = divergence(output.logits, theirs, temperature, where)
+        if given.get("num_items_in_batch") is not None:
+            far = far * _share_of_update(module, given)
         output.loss = (1.0 - share) * loss + share * far
         return output
 
     return hook
 
 
-def _as(value: Any, kind: torch.dtype) -> Any:
+def _share_of_update(module: nn.Module, given: Mapping[str, Any]) -> Any:
+    """Share of an update's predicted tokens that this pass holds."""
+    labels = given.get("shift_labels")
+    if labels is None:
+        labels = given["labels"]
+        if getattr(module, "loss_type", None) == "ForCausalLM":
+            labels = labels[..., 1:]
+    return labels.ne(-100).sum() / given["num_items_in_batch"]
+
+
+def _as(value: Any, kind: torch.dtype | None) -> Any:
     """Inputs in the teacher's precision: mixed precision may have cast them to the student's."""
     floats = isinstance(value, Tensor) and value.is_floating_point()
-    return value.to(kind) if floats else value
+    return value.to(kind) if floats and kind is not None else value

@@ -200,17 +200,20 @@ class NMSparsifier(Sparsifier):
         overflow = getattr(self.optimizer, "found_inf", None)
         if overflow is not None and bool(overflow):
             self._for_sides.clear()
+            self._gradients.clear()
             self._show()
             return
+        scale = getattr(self.optimizer, "grad_scale", None)
         for path, gradient in self._gradients.items():
             one = self.held[path]
             group = self._group(one)
             decay = self.method.decay(self.updates, float(group["lr"]))
             state: dict[str, Any] = self.optimizer.state[one.master]
             if not state:
-                start_adam(one.master.detach(), state)
+                start_adam(one.master.detach(), state, fused=bool(group.get("fused")))
             moments = {name: here(value) for name, value in state.items()}
-            adam_step(one.trained, here(gradient), moments, group, mask=one.mask, decay=decay)
+            found = here(gradient) if scale is None else here(gradient) / scale
+            adam_step(one.trained, found, moments, group, mask=one.mask, decay=decay)
             one.master.grad = gradient
         for name, gradients in self._for_sides.items():
             layer = next(layer for layer in self.layers if layer.name == name)

@@ -7,9 +7,18 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from gossamer.core import GossamerError
-from gossamer.methods.training.sparsifier.checkpoint import STATE_FILE, read_state, write_state
+from gossamer.methods.training.nm.distillation import frozen_copy
+from gossamer.methods.training.sparsifier.checkpoint import (
+    STATE_FILE,
+    TEACHER_FILE,
+    read_state,
+    take_teacher,
+    write_state,
+    write_teacher,
+)
 from gossamer.methods.training.sparsifier.sparsifier import Sparsifier
 from gossamer.methods.training.sparsifier.trained import SparselyTrained
+from gossamer.models import load_model
 
 if TYPE_CHECKING:
     from gossamer.methods.training.base import SparseTraining
@@ -27,6 +36,9 @@ class SparsifierCallback(TrainerCallback):
     Parameters
     ----------
     method : a method of sparse training. undo : see its ``attach``.
+    teacher : the dense model, for methods that distil from it: a module, or a folder or name to
+        load it from. By default a copy of the model as training begins, which then lies once in
+        ``output_dir`` beside the checkpoints, so that a resumed training finds it.
 
     Attributes
     ----------
@@ -41,9 +53,17 @@ class SparsifierCallback(TrainerCallback):
         callback.applied.save("sparse-model")
     """
 
-    def __init__(self, method: "SparseTraining", *, undo: bool = False) -> None:
+    def __init__(
+        self,
+        method: "SparseTraining",
+        *,
+        undo: bool = False,
+        teacher: nn.Module | str | Path | None = None,
+    ) -> None:
         self.method = method
         self.undo = undo
+        self.teacher = teacher
+        self._unwritten: nn.Module | None = None
         self.sparsifier: Sparsifier | None = None
         self.applied: SparselyTrained | None = None
 
@@ -68,7 +88,25 @@ class SparsifierCallback(TrainerCallback):
                     "undo cannot restore what a training had before it was resumed; leave it out"
                 )
         method = self.method.lasting(state.max_steps)
-        self.sparsifier = method.attach(model, optimizer, undo=self.undo, state=saved)
+        more: dict[str, Any] = {}
+        if getattr(method, "distilled_share", 0.0):
+            more["teacher"] = self._teacher(model, Path(args.output_dir or "."), saved is not None)
+        self.sparsifier = method.attach(model, optimizer, undo=self.undo, state=saved, **more)
+
+    def _teacher(self, model: nn.Module, folder: Path, resumed: bool) -> nn.Module:
+        """The dense model: given, loaded, copied, or found where a training before left it."""
+        if isinstance(self.teacher, nn.Module):
+            return self.teacher
+        first = next(model.parameters())
+        if self.teacher is not None:
+            given: dict[str, Any] = {"dtype": first.dtype, "device": first.device, "kind": "any"}
+            return load_model(self.teacher, **given).model
+        copy = frozen_copy(model, self.method.key())
+        if resumed:
+            take_teacher(copy, folder / TEACHER_FILE)
+        else:
+            self._unwritten = copy
+        return copy
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -81,9 +119,15 @@ class SparsifierCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Write the masks into the checkpoint."""
-        if self.sparsifier is not None and state.is_world_process_zero:
-            folder = Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"
-            write_state(self.sparsifier.state_dict(), folder / STATE_FILE)
+        if self.sparsifier is None:
+            return
+        folder = Path(args.output_dir or ".")
+        if state.is_world_process_zero or self.sparsifier.sharded:
+            saved = self.sparsifier.state_dict()
+            write_state(saved, folder / f"checkpoint-{state.global_step}" / STATE_FILE)
+        if state.is_world_process_zero and self._unwritten is not None:
+            write_teacher(self._unwritten, folder / TEACHER_FILE)
+        self._unwritten = None
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -91,10 +135,10 @@ class SparsifierCallback(TrainerCallback):
         """Take the hooks off; :attr:`applied` then stands for the sparse model."""
         assert self.sparsifier is not None
         self.applied = self.sparsifier.finish()
-        self.sparsifier = None
+        self.sparsifier = self._unwritten = None
 
     def end(self) -> None:
         """Take the hooks off after a training that was interrupted."""
         if self.sparsifier is not None:
             self.sparsifier.remove()
-            self.sparsifier = None
+            self.sparsifier = self._unwritten = None

@@ -5,19 +5,29 @@ Where the state holds sharded values every process writes a file of its own besi
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_model, save_file, save_model
+from torch import nn
 
 from gossamer.core import GossamerError
 from gossamer.methods.training.sparsifier.layout import here, is_sharded, rank, world
 
-__all__ = ["STATE_FILE", "read_state", "write_state"]
+__all__ = [
+    "STATE_FILE",
+    "TEACHER_FILE",
+    "read_state",
+    "take_teacher",
+    "write_state",
+    "write_teacher",
+]
 
 STATE_FILE = "gossamer_sparsifier.safetensors"
+TEACHER_FILE = "gossamer_teacher.safetensors"
 
 
 def write_state(state: Mapping[str, Any], path: str | Path) -> None:
@@ -36,12 +46,8 @@ def write_state(state: Mapping[str, Any], path: str | Path) -> None:
     }
     plain = {name: state[name] for name in ("method", "updates", "world_size", "flops")}
     plain["sharded"] = sharded
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        save_file(tensors, str(part), metadata={"state": json.dumps(plain)})
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    with _replacing(path) as part:
+        save_file(tensors, part, metadata={"state": json.dumps(plain)})
 
 
 def read_state(path: str | Path) -> dict[str, Any]:
@@ -60,6 +66,39 @@ def read_state(path: str | Path) -> dict[str, Any]:
         kind, _, path_in_model = name.partition(".")
         groups[kind][path_in_model] = tensor
     return {**plain, "masks": groups["mask"], "removed": groups["removed"]}
+
+
+def write_teacher(teacher: nn.Module, path: str | Path) -> None:
+    """Write the dense model that a training learns from; weights that are tied once."""
+    with _replacing(Path(path)) as part:
+        save_model(teacher, part)
+
+
+def take_teacher(model: nn.Module, path: str | Path) -> None:
+    """Load what :func:`write_teacher` wrote into a model of the same form.
+
+    Raises
+    ------
+    GossamerError
+        If the file is missing, damaged, or of another model.
+    """
+    try:
+        load_model(model, str(path))
+    except (OSError, SafetensorError, RuntimeError):
+        raise GossamerError(
+            f"{path} holds no teacher of this model, from which the training learned before it "
+            "was resumed; give the dense model: SparsifierCallback(..., teacher=)"
+        ) from None
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[str]:
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield str(part)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def _own(path: Path, sharded: bool) -> Path:
