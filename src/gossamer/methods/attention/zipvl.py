@@ -234,6 +234,10 @@ class ZipVL(AttentionMethod):
     Works on language models and on vision-language models, whose image tokens are tokens of the
     prompt. Prompts need no cache to gain; positions stay what they are.
 
+    Not reproduced: on the packaged language model a share of the mass does not beat the same number
+    of tokens in every layer (at 37 % of the tokens 3.89 against 3.67 nats, dense 2.30); the claim
+    is on record as failed. With ``sparsity`` the number is fixed.
+
     Departs from the paper: details beyond the abstract are those of its predecessor ZipCache
     (probing, the quantizer) or from memory (gamma); decoded tokens are packed at ``bits`` without
     being probed; the decoder of the packed cache is plain torch, so it saves memory, not time.
