@@ -300,7 +300,12 @@ class NMSparsifier(Sparsifier):
             return
         for one in self.held.values():
             dense = self._trained(one)
-            one.shown.copy_(torch.where(one.mask, dense, dense * share))
+            if share == 1.0:
+                one.shown.copy_(dense)
+            elif share == 0.0:
+                one.shown.copy_(dense).mul_(one.wide(one.shown.dtype))
+            else:
+                one.shown.copy_(torch.where(one.mask, dense, dense * share))
         for layer in self.layers:
             side = self._sides.get(layer.name)
             if side is None or (final and isinstance(side, LowRank)):

@@ -70,13 +70,17 @@ class Held:
         own = self.master is self.weight
         return (self.shown,) if own else (self.shown, self.trained)
 
+    def wide(self, dtype: torch.dtype) -> Tensor:
+        """The mask as numbers; products with it run several times faster than fills."""
+        return self.mask.view(torch.uint8).to(dtype)
+
     def mask_gradient(self, parameter: Tensor) -> None:
         """Set a sharded parameter's gradient to zero where weights are removed."""
         gradient = here(parameter.grad)
         if str(self.layout.working) != gradient.device.type:
             # Offloaded: the copy to where the mask is may still be under way.
             torch.accelerator.current_stream().synchronize()
-        gradient.mul_(self.mask.view(torch.uint8).to(gradient.dtype))
+        gradient.mul_(self.wide(gradient.dtype))
 
     def tensors(self, optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
         """The weight, its master, and all optimizer state of its shape: what is here of them."""
@@ -90,13 +94,12 @@ class Held:
     def enforce(self, optimizer: torch.optim.Optimizer) -> None:
         """Set removed weights and their optimizer state to zero.
 
-        Products, which run several times faster than fills. The mask is stored at a byte an entry
-        and widened here for as long as it is needed.
+        The mask is stored at a byte an entry and widened here for as long as it is needed.
         """
         wide: dict[torch.dtype, Tensor] = {}
         for tensor in self.tensors(optimizer):
             if tensor.dtype not in wide:
-                wide[tensor.dtype] = self.mask.view(torch.uint8).to(tensor.dtype)
+                wide[tensor.dtype] = self.wide(tensor.dtype)
             tensor.mul_(wide[tensor.dtype])
 
     @torch.no_grad()
