@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.claims.base import Claim, Figures, Verdict, mean
+from gossamer.claims.threads import one_thread
 from gossamer.claims.training.digits import accuracy, images
 from gossamer.methods.training.architecture.masked import SparseLinear, masked_layers, plain, sparse
 from gossamer.methods.training.architecture.search import Trainer, batches, train_found
@@ -39,6 +40,7 @@ class _First(nn.Module):
         return x[:, :_CLASSES]
 
 
+@one_thread()
 def _planted(seed: int) -> Figures:
     """Share that the operation without weights gets: after pruning it is the better one.
 
@@ -73,6 +75,7 @@ def _planted_check(runs: Sequence[Figures]) -> Verdict:
     return Verdict.HOLDS if right else Verdict.FAILS
 
 
+@one_thread()
 def _masks(seed: int) -> Figures:
     """Accuracy of one perceptron whose masks are learned, largest weights, or absent."""
     space = linear_space(64, 10, width=48, nodes=1, ops="linear")
@@ -103,6 +106,7 @@ def _weights(space: nn.Module, architecture: Mapping[str, str]) -> int:
     return sum(p.numel() for p in decided(space, architecture).parameters() if p.dim() > 1)
 
 
+@one_thread()
 def _searched(seed: int) -> Figures:
     """Accuracy at 95 % of the architectures that three searches find, each trained alike.
 

@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 
 import torch
-from torch import nn
 from torch.nn.functional import cross_entropy
 
 from gossamer.claims.base import Claim, Figures, Verdict, mean
-from gossamer.claims.training.digits import trained
+from gossamer.claims.threads import one_thread
+from gossamer.claims.training.digits import mlp, trained
 from gossamer.methods.training.g2gnet import G2GNet
 from gossamer.methods.training.random_pruning import RandomPruning
 from gossamer.methods.training.sparsifier.flops import updates_within
@@ -17,6 +17,7 @@ __all__ = ["CLAIMS"]
 _INPUTS, _HIDDEN = 24, 24
 
 
+@one_thread()
 def _planted(seed: int) -> Figures:
     """Share of grown connections that join a planted pair, by how they grew.
 
@@ -27,7 +28,7 @@ def _planted(seed: int) -> Figures:
     shares: dict[str, float] = {}
     for growth in ("correlation", "random", "gradient"):
         generator = torch.Generator().manual_seed(seed)
-        net = nn.Sequential(nn.Linear(_INPUTS, _HIDDEN), nn.ReLU(), nn.Linear(_HIDDEN, 4))
+        net = mlp(seed, (_INPUTS, _HIDDEN, 4))
         optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9)
         # Kept: a connection of every unit to one input, and as many idle ones elsewhere.
         method = G2GNet(
@@ -72,6 +73,7 @@ def _planted_check(runs: Sequence[Figures]) -> Verdict:
     return Verdict.HOLDS if all(f["random"] < 0.5 for f in runs) else Verdict.FAILS
 
 
+@one_thread()
 def _wiring(seed: int, steps: int, every: int) -> Figures:
     """Accuracy with rewiring, with fixed wiring, random and dense; the first three as dear."""
     moving = trained(G2GNet(steps=steps, every=every, watch=2, seed=seed), seed, steps)

@@ -1,7 +1,6 @@
 """Claims of QuickSelection: what the strongest features are worth, and what training stores."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +11,7 @@ from sklearn.ensemble import ExtraTreesClassifier
 from sklearn.model_selection import train_test_split
 
 from gossamer.claims.base import Claim, Figures, Verdict, mean
+from gossamer.claims.threads import one_thread
 from gossamer.methods.training.quickselection import QuickSelection
 from gossamer.methods.training.sparse_autoencoder.fitted import strengths
 from gossamer.methods.training.sparse_autoencoder.table import standardise, varying
@@ -20,17 +20,6 @@ from gossamer.methods.training.sparse_autoencoder.training import Form, network,
 __all__ = ["CLAIMS"]
 
 Array = np.ndarray
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Networks this small wait longer for a second thread than it saves."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 _SETS: dict[str, tuple[Callable[..., Any], int, int]] = {
@@ -68,7 +57,7 @@ def _noisy_digits(seed: int) -> tuple[Array, Array]:
     return np.concatenate([digits, noise], 1), labels
 
 
-@_one_thread()
+@one_thread()
 def _noise(seed: int) -> Figures:
     """Share of pixels among 40 features chosen of 64 pixels and 64 columns of noise."""
     table, _ = _noisy_digits(seed)
@@ -94,7 +83,7 @@ def _noise_check(runs: Sequence[Figures]) -> Verdict:
 # -- stored against masked -----------------------------------------------------------------------
 
 
-@_one_thread()
+@one_thread()
 def _course(seed: int) -> Figures:
     """The same training in float64 with stored connections and with masks."""
     table = torch.from_numpy(load_digits(return_X_y=True)[0])[:400]
@@ -127,7 +116,7 @@ def _course_check(runs: Sequence[Figures]) -> Verdict:
 # -- accuracy of the choice ----------------------------------------------------------------------
 
 
-@_one_thread()
+@one_thread()
 def _twins(seed: int) -> Figures:
     """Accuracy with features chosen from a set and its shuffled twins, and from the set alone."""
     figures: dict[str, float] = {}
@@ -160,7 +149,7 @@ def _twins_check(runs: Sequence[Figures]) -> Verdict:
     return Verdict.WEAKER if both and chance >= 2 else Verdict.FAILS
 
 
-@_one_thread()
+@one_thread()
 def _kept(seed: int) -> Figures:
     """Accuracy with 40 features of 64 pixels and 64 columns of noise."""
     table, labels = _noisy_digits(seed)

@@ -1,7 +1,6 @@
 """Claims of SSVI: a sparse posterior beside the dense one, and criteria in closed form."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import cache
 
 import torch
@@ -9,6 +8,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 
 from gossamer.claims.base import Claim, Figures, Verdict, mean
+from gossamer.claims.threads import one_thread
 from gossamer.claims.training.digits import mlp, train
 from gossamer.methods.training.bayesian.calibration import quality
 from gossamer.methods.training.bayesian.criteria import CRITERIA, Criterion
@@ -23,17 +23,6 @@ _STEPS, _SPARSITY = 600, 0.9
 _PRIOR = 0.1
 
 
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Matrices this small run slower on two threads than on one."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
 @cache
 def _digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Pixels and labels to train on, then to test on: the halves of the other training claims."""
@@ -44,7 +33,7 @@ def _digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return x[order[:half]], y[order[:half]], x[order[half:]], y[order[half:]]
 
 
-@_one_thread()
+@one_thread()
 def _criteria(seed: int) -> Figures:
     """Largest relative error of every criterion against a million samples."""
     generator = torch.Generator().manual_seed(seed)
@@ -82,7 +71,7 @@ def _trained(seed: int, **values: object) -> SparsePosterior:
     return SSVI(**{**given, **values}).apply(mlp(seed), (x, y))  # type: ignore[arg-type]
 
 
-@_one_thread()
+@one_thread()
 def _classify(seed: int) -> Figures:
     """Accuracy and calibration on the half of the digits that nothing was trained on."""
     _, _, x, y = _digits()
