@@ -3,11 +3,12 @@
     python benchmarks/attention_selection.py [--lengths 32768 131072] [--attend] [--json FILE]
 
 The promise on an H200 (32 query heads, 8 key-value heads of width 128, bfloat16, batch 1):
-choosing for MInference's vertical and slash lines (64 last queries, 1000 columns, 4096 offsets)
-and for FlexPrefill (blocks of 128, gamma 0.9) costs at most 10 % of dense attention at 32768
-tokens and 5 % at 131072. From queries and keys to the lists a kernel takes, waiting for the host
-included; the largest of FlexPrefill's cases is timed, every head ranked block by block.
-``torch``: the same estimates written in torch alone. ``--attend`` adds the attention that follows.
+choosing costs at most 10 % of dense attention at 32768 tokens and 5 % at 131072, for MInference
+(64 last queries; 1000 columns and 4096 distances in every head; ``mixed``: a quarter of the heads
+of each kind, blocks by mean among them) and for FlexPrefill (blocks of 128, gamma 0.9; ``all
+blocks``: no head left to columns and diagonals). The methods' own selectors are timed, from queries
+and keys to the lists a kernel takes, waiting for the host included, and then the kernels they
+consist of. ``--attend`` adds the attention that follows.
 Keys have planted columns, bands and blocks, so that lists are not the whole prompt; their shares of
 causal pairs are printed. Times are medians of rounds, with lowest and highest.
 """
@@ -22,19 +23,24 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.nn.functional import scaled_dot_product_attention
 
-from gossamer.core.scores.attention_estimate import (
-    block_means as torch_means,
+from gossamer.kernels.attention_select import (
+    Tiling,
+    block_lists,
+    block_means,
+    last_mass,
+    mass_cut,
+    pooled_share,
 )
-from gossamer.core.scores.attention_estimate import (
-    mass_count,
-    vertical_slash_mass,
-)
-from gossamer.kernels.attention_select import block_means, last_mass, mass_cut
 from gossamer.kernels.block_attention import block_attention
+from gossamer.methods.attention.executor import Call
+from gossamer.methods.attention.flexprefill import FlexPrefill
+from gossamer.methods.attention.head_search import Head
 from gossamer.methods.attention.index import BlockIndex
 from gossamer.methods.attention.layout import Layout
+from gossamer.methods.attention.minference import HeadSelector
+from gossamer.methods.attention.selector import Selector
 
 HEADS, SHARED, WIDTH, BLOCK = 32, 8, 128, 128
 LIMITS = {32768: 0.10, 131072: 0.05}
@@ -62,74 +68,27 @@ def layout(tokens: int) -> Layout:
     return Layout(1, tokens, tokens, device=torch.device("cuda"))
 
 
-def block_diagonals(slash: Tensor, keep: int, near: int, blocks: int) -> Tensor:
-    """(1, G, n) diagonals of blocks that hold one of the best offsets or one of the nearest."""
-    best = slash.index_fill(-1, torch.arange(near, device="cuda"), torch.inf).topk(keep).indices
-    held = torch.zeros(1, SHARED, blocks + 1, dtype=torch.bool, device="cuda")
-    # Offset o lies on block diagonals o // BLOCK and the next, unless it is a multiple.
-    held.scatter_(2, best // BLOCK, True)
-    held.scatter_(2, (best + BLOCK - 1) // BLOCK, True)
-    return held[..., :blocks]
+def selectors(tokens: int) -> dict[str, Selector]:
+    """What the methods themselves run, by name."""
+
+    def heads(*own: Head) -> HeadSelector:
+        return HeadSelector((own,), BLOCK, 64, 30, 100)
+
+    lines = Head("vertical_slash", 1000, 4096)
+    few = Head("vertical_slash", 100, 800)
+    kinds = (lines, few, Head("a_shape", 100, 4096), Head("block_sparse", 20, 1))
+    flex = {
+        name: FlexPrefill(gamma=0.9, tau=tau).plan(torch.nn.Module(), None, tokens)
+        for name, tau in (("flexprefill", 0.1), ("flexprefill, all blocks", 1.0))
+    }
+    return {"minference": heads(lines), "minference, mixed": heads(*kinds, *kinds), **flex}
 
 
-def toeplitz(held: Tensor) -> Tensor:
-    """(1, G, n, n): block j of row i where diagonal i - j is held."""
-    blocks = held.shape[-1]
-    padded = pad(held.flip(-1), (0, blocks - 1))
-    return padded.unfold(-1, blocks, 1).flip(-2)
-
-
-def minference(q: Tensor, k: Tensor, at: Layout, native: bool = True) -> BlockIndex:
-    """Vertical and slash lines from the last 64 queries: 1000 columns, 4096 offsets."""
-    last = q[:, :, -64:]
-    if native:
-        vertical, slash = last_mass(last, k)
-    else:
-        seen = at.mask(slice(at.queries - 64, at.queries))
-        grouped = last.view(1, SHARED, HEADS // SHARED, 64, WIDTH)
-        vertical, slash = vertical_slash_mass(grouped, k, WIDTH**-0.5, seen)
-    first = vertical.index_fill(-1, torch.arange(30, device="cuda"), torch.inf)
-    columns = first.topk(1000).indices.sort(-1).values
-    held = block_diagonals(slash, 4096, 100, -(-at.keys // BLOCK))
-    return BlockIndex.from_blocks(at, toeplitz(held), (BLOCK, BLOCK), columns)
-
-
-def flexprefill(q: Tensor, k: Tensor, at: Layout, native: bool = True) -> BlockIndex:
-    """Blocks that hold 0.9 of the pooled mass, with the last block's columns and diagonals."""
-    blocks, gamma = -(-at.keys // BLOCK), 0.9
-    last = q[:, :, -BLOCK:]
-    grouped = q.view(1, SHARED, HEADS // SHARED, at.queries, WIDTH)
-    if native:
-        vertical, slash = last_mass(last, k)
-        means = block_means(q, BLOCK).view(1, SHARED, -1, blocks, WIDTH), block_means(k, BLOCK)
-    else:
-        seen = at.mask(slice(at.queries - BLOCK, at.queries))
-        vertical, slash = vertical_slash_mass(grouped[:, :, :, -BLOCK:], k, WIDTH**-0.5, seen)
-        means = torch_means(grouped, BLOCK), torch_means(k, BLOCK)
-    by_column = vertical.unflatten(-1, (-1, BLOCK)).sum(-1)
-    by_diagonal = slash.unflatten(-1, (-1, BLOCK)).sum(-1)
-    score = torch.einsum("bgrnd,bgmd->bgrnm", *means) * WIDTH**-0.5
-    causal = torch.ones(blocks, blocks, dtype=torch.bool, device="cuda").tril()
-    weight = score.masked_fill(~causal, -torch.inf).softmax(-1).mean(2) / blocks
-    if native:
-        kept = mass_cut(weight.flatten(2), gamma).view_as(weight)
-        columns, diagonals = mass_cut(by_column, gamma), mass_cut(by_diagonal, gamma)
-    else:
-        kept, columns, diagonals = (cut(x, gamma) for x in (weight, by_column, by_diagonal))
-    kept = kept | columns[:, :, None] | toeplitz(diagonals)
-    kept[..., 0] = True
-    kept |= torch.eye(blocks, dtype=torch.bool, device="cuda")
-    return BlockIndex.from_blocks(at, kept & causal, (BLOCK, BLOCK))
-
-
-def cut(weights: Tensor, mass: float) -> Tensor:
-    """``mass_cut`` by sorting, as many as it takes."""
-    flat = weights.flatten(2) if weights.dim() > 3 else weights
-    order = flat.argsort(dim=-1, descending=True)
-    rank = torch.empty_like(order).scatter_(
-        -1, order, torch.arange(flat.shape[-1], device="cuda").expand_as(order)
-    )
-    return (rank < mass_count(flat, mass)[..., None]).view_as(weights)
+def choose(selector: Selector, q: Tensor, k: Tensor, at: Layout) -> BlockIndex:
+    """A call keeps what was estimated for it, so every round starts anew."""
+    index = selector.select(Call(q, k, k), at, 0)
+    assert isinstance(index, BlockIndex)
+    return index
 
 
 def timed(calls: dict[str, Callable[[], object]], rounds: int = 7) -> dict[str, list[float]]:
@@ -171,32 +130,34 @@ def main() -> None:
 
         last = q[:, :, -128:]
         blocks = -(-tokens // BLOCK)
-        weights = torch.rand(1, SHARED, blocks * blocks, device="cuda").square()
-        weights /= weights.sum(-1, keepdim=True)
+        means = block_means(q, BLOCK, tail=True), block_means(k, BLOCK)
+        weights = pooled_share(*means, base=0)[0]
+        seen = torch.ones_like(weights, dtype=torch.bool).tril()
         calls: dict[str, Callable[[], object]] = {"dense": dense}
-        lists = {}
-        for name, select in (("minference", minference), ("flexprefill", flexprefill)):
-            index = select(q, k, at)
+        chosen = selectors(tokens)
+        for name, own in chosen.items():
+            index = choose(own, q, k, at)
             kept, whole = index.pairs()
-            lists[name] = index
             print(f"{tokens} {name}: {kept / whole:.3f} of the causal pairs, blocks "
                   f"{len(index.indices)}")  # fmt: skip
-            calls[f"{name}"] = lambda select=select: select(q, k, at)  # noqa: B023
-            calls[f"{name}, torch"] = lambda select=select: select(q, k, at, False)  # noqa: B023
+            calls[name] = lambda s=own: choose(s, q, k, at)  # noqa: B023
             if given.attend:
                 calls[f"{name}, attend"] = lambda i=index: attend(i)
-                calls[f"{name}, both"] = lambda s=select: attend(s(q, k, at))  # noqa: B023
+                calls[f"{name}, both"] = lambda s=own: attend(choose(s, q, k, at))  # noqa: B023
+        tiling = Tiling(tokens, tokens, 0, BLOCK, BLOCK)
         calls |= {
             "last 64 queries": lambda: last_mass(last[:, :, -64:], k),  # noqa: B023
             "last 128 queries": lambda: last_mass(last, k),  # noqa: B023
             "means of queries": lambda: block_means(q, BLOCK),  # noqa: B023
             "means of keys": lambda: block_means(k, BLOCK),  # noqa: B023
-            "cut by mass": lambda: mass_cut(weights, 0.9),  # noqa: B023
+            "shares of blocks": lambda: pooled_share(*means, base=0),  # noqa: B023
+            "cut by mass": lambda: mass_cut(weights.flatten(2), 0.9),  # noqa: B023
+            f"lists of {blocks} blocks": lambda: block_lists(tiling, kept=seen),  # noqa: B023
         }
         torch.cuda.reset_peak_memory_stats()
         held = torch.cuda.memory_allocated()
-        for select in (minference, flexprefill):
-            select(q, k, at)
+        for own in chosen.values():
+            choose(own, q, k, at)
         torch.cuda.synchronize()
         peak = torch.cuda.max_memory_allocated() - held
         times = timed(calls)
@@ -207,7 +168,7 @@ def main() -> None:
             speed = f" {base / middle:5.2f}x" if "both" in name or "attend" in name else ""
             print(f"{tokens} {name:<24}{middle:9.3f} ms ({min(ms):.3f} to {max(ms):.3f}) "
                   f"{share:6.1%} of dense{speed}", flush=True)  # fmt: skip
-            if name in ("minference", "flexprefill") and tokens in LIMITS:
+            if name in chosen and tokens in LIMITS:
                 verdict = "holds" if share <= LIMITS[tokens] else "MISSED"
                 print(f"  at most {LIMITS[tokens]:.0%}: {verdict}")
             records.append({"tokens": tokens, "name": name, "ms": ms, "share": share})

@@ -9,7 +9,6 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from gossamer.core.errors import GossamerError, unknown
 from gossamer.kernels.attention_select.reference import (
@@ -19,11 +18,14 @@ from gossamer.kernels.attention_select.reference import (
     mass_cut_reference,
 )
 
-__all__ = ["Backend", "block_means", "last_mass", "mass_cut", "select_refusal"]
+__all__ = ["LOG2E", "Backend", "block_means", "last_mass", "mass_cut", "runs", "select_refusal"]
 
 Backend = Literal["auto", "reference", "triton"]
 _TYPES = (torch.bfloat16, torch.float16, torch.float32)
-_LOG2E = 1.4426950408889634
+LOG2E = 1.4426950408889634
+
+_ONE_PROGRAM = 1 << 17
+"""Entries of a row that one program cuts: up to so many, further launches would cost more."""
 
 
 @cache
@@ -41,15 +43,28 @@ def _nothing(device: torch.device) -> Tensor:
     return torch.zeros(1, device=device, dtype=torch.int32)
 
 
-def select_refusal(*tensors: Tensor, queries: int = 0) -> str | None:
-    """Why the kernels do not take tensors (B, H, T, D), or so many last queries; or None."""
+def select_refusal(
+    *tensors: Tensor,
+    queries: int = 0,
+    wide: bool = True,
+    types: tuple[torch.dtype, ...] = _TYPES,
+) -> str | None:
+    """Why the kernels do not take tensors (B, H, T, D), or so many last queries; or None.
+
+    Parameters
+    ----------
+    wide : the last dimension is a head's. types : what the kernel reads.
+    """
     if any(x.device.type != "cuda" for x in tensors):
         return f"the tensors are on {tensors[0].device}; the kernel needs CUDA"
     if not _triton():
         return "triton is not installed"
-    if any(x.dtype not in _TYPES or x.dtype != tensors[0].dtype for x in tensors):
+    if any(x.dtype not in types or x.dtype != tensors[0].dtype for x in tensors):
         kinds = " and ".join(sorted({str(x.dtype) for x in tensors}))
-        return f"the tensors are {kinds}; the kernel takes one of bfloat16, float16 and float32"
+        known = ", ".join(str(x) for x in types)
+        return f"the tensors are {kinds}; the kernel takes one of {known}"
+    if not wide:
+        return None
     if any(x.shape[-1] > 256 for x in tensors):
         return f"heads are {tensors[0].shape[-1]} wide; the kernel takes up to 256"
     if queries > 128:
@@ -59,7 +74,14 @@ def select_refusal(*tensors: Tensor, queries: int = 0) -> str | None:
     return None
 
 
-def _runs(backend: Backend, reason: str | None) -> bool:
+def runs(backend: Backend, reason: str | None) -> bool:
+    """Whether the Triton kernels run, given why they cannot.
+
+    Raises
+    ------
+    GossamerError
+        On an unknown backend, or if backend triton cannot run.
+    """
     if backend not in get_args(Backend):
         raise unknown("backend", backend, get_args(Backend))
     if backend == "triton" and reason is not None:
@@ -100,10 +122,11 @@ def last_mass(
         raise GossamerError(
             f"queries {tuple(query.shape)} are not the last ones of keys {tuple(key.shape)}"
         )
-    if not _runs(backend, select_refusal(query, key, queries=count)):
+    if not runs(backend, select_refusal(query, key, queries=count)):
         return last_mass_reference(query, key, scale=scale, softcap=softcap, first=first)
     import triton  # pyright: ignore[reportMissingImports]
 
+    from gossamer.kernels.attention_select.list_kernels import slash_kernel
     from gossamer.kernels.attention_select.triton_kernels import (
         join_kernel,
         last_mass_kernel,
@@ -123,8 +146,8 @@ def last_mass(
     begin = _nothing(device)
     if first is not None:
         begin = first.to(torch.int32).expand(batch).contiguous()
-    factor = (width**-0.5 if scale is None else scale) * _LOG2E
-    cap = 1.0 if softcap is None else softcap * _LOG2E
+    factor = (width**-0.5 if scale is None else scale) * LOG2E
+    cap = 1.0 if softcap is None else softcap * LOG2E
     strides = (*query.stride()[:3], *key.stride()[:3])
     options: dict[str, Any] = {
         "R": heads // shared,
@@ -153,36 +176,43 @@ def last_mass(
         **options,
         num_stages=2,
     )
-    # Entry x of the sum is the distance keys - count + wide - x.
-    along = pad(near, (wide, 0)) + pad(far, (0, wide))
-    slash = along[..., wide - count + 1 : wide - count + 1 + keys].flip(-1)
+    slash = torch.empty(batch, shared, keys, device=device, dtype=torch.float32)
+    whole_diagonals: Any = slash_kernel
+    whole_diagonals[(triton.cdiv(keys, 1024), batch * shared)](
+        near, far, slash, keys, tiles * wide, count, WP=wide, N=1024, num_warps=4
+    )
     return vertical[..., :keys], slash
 
 
 def block_means(
-    x: Tensor, block: int, *, first: Tensor | None = None, backend: Backend = "auto"
+    x: Tensor,
+    block: int,
+    *,
+    first: Tensor | None = None,
+    tail: bool = False,
+    backend: Backend = "auto",
 ) -> Tensor:
     """Mean of every block of tokens, in one pass; the last block may be short.
 
     Parameters
     ----------
     x : (B, H, T, D). block : tokens of a block. first : int, (B,), the first real token of each
-        row; blocks of padding alone give zeros.
+        row; blocks of padding alone give zeros. tail : one more mean, of the last ``block`` tokens.
 
     Returns
     -------
-    (B, H, ceil(T / block), D) float32.
+    (B, H, ceil(T / block), D) float32, or one more.
     """
     if block < 1:
         raise GossamerError(f"block is {block}; give a number of tokens, at least 1")
-    if not _runs(backend, select_refusal(x)):
-        return block_means_reference(x, block, first)
+    if not runs(backend, select_refusal(x)):
+        return block_means_reference(x, block, first, tail)
     import triton  # pyright: ignore[reportMissingImports]
 
     from gossamer.kernels.attention_select.triton_kernels import mean_kernel
 
     batch, heads, tokens, width = x.shape
-    blocks = triton.cdiv(tokens, block)
+    blocks = triton.cdiv(tokens, block) + tail
     out = torch.empty(batch, heads, blocks, width, device=x.device, dtype=torch.float32)
     begin = _nothing(x.device)
     if first is not None:
@@ -193,6 +223,7 @@ def block_means(
         N=min(128, max(16, triton.next_power_of_2(block))),
         DP=triton.next_power_of_2(width),
         HAS_FIRST=first is not None,
+        TAIL=tail,
         num_warps=4,
     )
     return out
@@ -217,7 +248,7 @@ def mass_cut(weights: Tensor, mass: float, *, backend: Backend = "auto") -> Tens
     if not 0.0 < mass < 2.0**20:
         raise GossamerError(f"mass is {mass}; give a share above 0")
     reason = select_refusal(weights.flatten()[:1]) if weights.numel() else "there are no weights"
-    if not _runs(backend, reason):
+    if not runs(backend, reason):
         return mass_cut_reference(weights, mass)
     import triton  # pyright: ignore[reportMissingImports]
 
@@ -230,6 +261,19 @@ def mass_cut(weights: Tensor, mass: float, *, backend: Backend = "auto") -> Tens
     size = weights.shape[-1]
     flat = weights.float().contiguous().view(-1, size)
     kept = torch.empty(flat.shape, device=flat.device, dtype=torch.int8)
+    if size <= _ONE_PROGRAM:
+        from gossamer.kernels.attention_select.list_kernels import cut_kernel
+
+        one: Any = cut_kernel
+        one[(len(flat),)](
+            flat,
+            kept,
+            size,
+            int(mass * UNIT),
+            N=min(4096, max(128, triton.next_power_of_2(size))),
+            num_warps=16 if size > 2048 else 4,
+        )
+        return kept.view(weights.shape).view(torch.bool)
     together = 1024 if size > 1024 else max(16, triton.next_power_of_2(size))
     parts = max(1, min(triton.cdiv(size, together), triton.cdiv(1056, len(flat)), 1024))
     each = triton.cdiv(triton.cdiv(size, parts), together) * together
@@ -249,4 +293,4 @@ def mass_cut(weights: Tensor, mass: float, *, backend: Backend = "auto") -> Tens
         PARTS=triton.next_power_of_2(parts),
         num_warps=4,
     )
-    return kept.view(weights.shape).bool()
+    return kept.view(weights.shape).view(torch.bool)

@@ -40,14 +40,17 @@ def last_mass_reference(
     return (weight.sum(2) / count).float(), (slash / count).float()
 
 
-def block_means_reference(x: Tensor, block: int, first: Tensor | None = None) -> Tensor:
-    """The definition of ``block_means``: (B, H, ceil(T / block), D) float32."""
+def block_means_reference(
+    x: Tensor, block: int, first: Tensor | None = None, tail: bool = False
+) -> Tensor:
+    """The definition of ``block_means``: (B, H, ceil(T / block), D) float32, or one more."""
     place = torch.arange(x.shape[2], device=x.device)
     real = torch.ones(1, x.shape[2], dtype=torch.bool, device=x.device)
     if first is not None:
         real = place >= first.view(-1, 1)
     parts = []
-    for at in range(0, x.shape[2], block):
+    starts = [*range(0, x.shape[2], block), *([max(0, x.shape[2] - block)] if tail else [])]
+    for at in starts:
         own = real[:, None, at : at + block, None]
         total = (x[:, :, at : at + block].double() * own).sum(2)
         parts.append(total / own.sum(2).clamp_min(1))

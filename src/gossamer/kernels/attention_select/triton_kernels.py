@@ -193,8 +193,9 @@ def mean_kernel(
     N: tl.constexpr,
     DP: tl.constexpr,
     HAS_FIRST: tl.constexpr,
+    TAIL: tl.constexpr,
 ):
-    """Mean of the real tokens of one block."""
+    """Mean of the real tokens of one block; with a tail, the last is the last BLOCK tokens."""
     block, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     b = row // H
     first = 0
@@ -203,13 +204,16 @@ def mean_kernel(
     d = tl.arange(0, DP)
     base = x_ptr + b * stride_b + (row % H) * stride_h
     total = tl.zeros((DP,), dtype=tl.float32)
-    end = tl.minimum(block * BLOCK + BLOCK, T)
-    for at in range(block * BLOCK, end, N):
+    start = block * BLOCK
+    if TAIL:
+        start = tl.where(block == BLOCKS - 1, tl.maximum(T - BLOCK, 0), start)
+    end = tl.minimum(start + BLOCK, T)
+    for at in range(start, end, N):
         n = at + tl.arange(0, N)
         inside = ((n < end) & (n >= first))[:, None] & (d < D)[None, :]
         x = tl.load(base + n.to(tl.int64)[:, None] * stride_n + d[None, :], mask=inside, other=0.0)
         total += tl.sum(x.to(tl.float32), 0)
-    count = tl.maximum(end - tl.maximum(block * BLOCK, first), 1)
+    count = tl.maximum(end - tl.maximum(start, first), 1)
     tl.store(out_ptr + (row * BLOCKS + block) * D + d, total / count, mask=d < D)
 
 

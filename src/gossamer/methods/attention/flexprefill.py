@@ -21,7 +21,15 @@ from gossamer.core.scores.attention_estimate import (
     mass_count,
 )
 from gossamer.methods.attention.base import AttentionMethod
-from gossamer.methods.attention.estimate import Grid, Tail, covering, means, tail_mass, tails
+from gossamer.methods.attention.estimate import (
+    Grid,
+    Tail,
+    covered_lists,
+    covering,
+    means,
+    tail_mass,
+    tails,
+)
 from gossamer.methods.attention.executor import Call
 from gossamer.methods.attention.index import BlockIndex, FullIndex, KeyIndex
 from gossamer.methods.attention.layout import Layout
@@ -52,6 +60,9 @@ class FlexSelector(Selector):
         block = self.block_size
         if self.gamma >= 1.0 or layout.end <= max(2 * block, self.budget_tokens):
             return FullIndex(layout)
+        lists = covered_lists(call, layout, block, self.gamma, self.tau, self._least)
+        if lists is not None:
+            return BlockIndex(layout, (block, block), *lists)
         grid = Grid(layout, block, block)
         mean_key = means(call.key, block, grid.real)
         batch, shared = call.key.shape[:2]
@@ -63,6 +74,11 @@ class FlexSelector(Selector):
         self._add_blocks(call, grid, mean_key, aware, kept)
         always = grid.head(1) | grid.band(1)
         return BlockIndex.from_blocks(layout, (kept | always) & grid.seen, (block, block))
+
+    @property
+    def _least(self) -> int:
+        """Fewest columns, and diagonals, of blocks."""
+        return -(-self.budget_tokens // self.block_size)
 
     def query_aware(self, call: Call, layout: Layout) -> Tensor:
         """(B, G): heads whose block means predict what the last queries read."""
@@ -119,8 +135,8 @@ class FlexSelector(Selector):
 
     def _covering(self, mass: Tensor, aware: Tensor) -> Tensor:
         """The fewest entries (b, G, n) that reach gamma; the least budget for query-aware heads."""
-        least = -(-self.budget_tokens // self.block_size)
-        count = torch.where(aware, least, mass_count(mass, self.gamma).clamp_min(least))
+        count = mass_count(mass, self.gamma).clamp_min(self._least)
+        count = torch.where(aware, self._least, count)
         return first_ranks(mass, count[..., None])
 
     def _add_blocks(

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from gossamer.core import GossamerError
 from gossamer.core.scores.attention import positional_window
+from gossamer.kernels.attention_select import Tiling, block_lists
 from gossamer.methods.attention.layout import MEMO, Layout
 
 __all__ = ["BlockIndex", "FullIndex", "KeyIndex", "WindowIndex", "pairs_in_window"]
@@ -170,11 +171,9 @@ class BlockIndex(KeyIndex):
         cls, layout: Layout, kept: Tensor, block: tuple[int, int], columns: Tensor | None = None
     ) -> "BlockIndex":
         """From a bool map (B, G, query blocks, key blocks), True where the block is read."""
-        counts = kept.sum(-1)
-        ends = counts.flatten().cumsum(0)
-        starts = torch.cat([ends.new_zeros(1), ends[:-1]]).view(counts.shape)
-        indptr = torch.cat([starts, ends.view(counts.shape)[..., -1:]], dim=-1)
-        return cls(layout, block, indptr, kept.nonzero()[:, -1], columns)
+        base = layout.query_offset - layout.key_offset
+        tiling = Tiling(layout.queries, layout.keys, base, *block)
+        return cls(layout, block, *block_lists(tiling, kept=kept), columns)
 
     @classmethod
     def from_index(cls, index: KeyIndex, block: tuple[int, int]) -> "BlockIndex":

@@ -74,6 +74,8 @@ def last_mass(call: Call, layout: Layout, count: int) -> tuple[Tensor, Tensor]:
     -------
     vertical, slash : (B, G, K), by place and by distance from the query; both sum to 1.
     """
+    if fast.plain(call, layout, min(count, layout.queries)):
+        return fast.plain_mass(call, layout, count)
     batch, (shared, _) = call.query.shape[0], call.groups
     size = (batch, shared, layout.keys)
     vertical = torch.zeros(size, dtype=call.exact, device=call.query.device)

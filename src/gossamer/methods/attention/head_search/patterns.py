@@ -14,13 +14,24 @@ from torch import Tensor
 from torch.nn import functional
 
 from gossamer.core.scores.attention_estimate import block_weights
-from gossamer.methods.attention.estimate import Grid, last_mass, means
+from gossamer.methods.attention.estimate import (
+    Grid,
+    last_mass,
+    line_lists,
+    means,
+    on_device,
+    plain,
+    plain_share,
+)
 from gossamer.methods.attention.executor import Call
 from gossamer.methods.attention.head_search.heads import Head
 from gossamer.methods.attention.index import BlockIndex, FullIndex, KeyIndex
 from gossamer.methods.attention.layout import Layout
 
 __all__ = ["Online"]
+
+_FAR = 1 << 30
+"""More tokens than any prompt has."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,6 +83,9 @@ class Online:
     def blocks_by_mean(self) -> Tensor:
         """(B, G, n, m) attention between block means; -1 where nothing is seen."""
         grid, layout = self.grid, self.layout
+        found = plain_share(self.call, layout, self.block_size)
+        if found is not None:
+            return found[0].masked_fill(~grid.seen, -1.0)
         real = None
         if layout.padding is not None:
             first = layout.query_offset
@@ -113,6 +127,8 @@ class Online:
         if head.kind == "dense":
             return FullIndex(self.layout)
         batch, shared = self.call.key.shape[:2]
+        if self._plain:
+            return self._lists([[head]] * shared)
         kept = self.blocks(head).expand(batch, shared, -1, -1)
         size = (self.block_size, self.block_size)
         return BlockIndex.from_blocks(self.layout, kept, size, self.columns(head))
@@ -127,6 +143,8 @@ class Online:
         """
         if all(head.kind == "dense" for group in heads for head in group):
             return FullIndex(self.layout)
+        if self._plain:
+            return self._lists(heads)
         if len({tuple(set(group)) for group in heads}) == 1 and len(set(heads[0])) == 1:
             return self.of_all(heads[0][0])
         batch, shared = self.call.key.shape[:2]
@@ -145,6 +163,50 @@ class Online:
         return BlockIndex.from_blocks(
             self.layout, kept, (self.block_size, self.block_size), _stack(named, batch)
         )
+
+    @cached_property
+    def _plain(self) -> bool:
+        """Whether kernels go from the call to its lists."""
+        return plain(self.call, self.layout, min(self.last_queries, self.layout.queries))
+
+    def _lists(self, heads: Sequence[Sequence[Head]]) -> BlockIndex:
+        """By the kernels: every pattern but blocks by mean is columns and diagonals."""
+        size = (self.block_size, self.block_size)
+        wanted = [self._wanted(group) for group in heads]
+        if any(one[0] or one[1] for one in wanted):
+            mass = self._mass
+        else:
+            # Windows alone ask for no estimate.
+            none = self.call.key.new_zeros(*self.call.key.shape[:2], 1, dtype=torch.float32)
+            mass = none, none
+        indptr, indices, columns = line_lists(
+            *(mass, self.layout, self.block_size, wanted),
+            *(self.sink, self.local, self._named_blocks(heads)),
+        )
+        return BlockIndex(self.layout, size, indptr, indices, columns)
+
+    def _wanted(self, group: Sequence[Head]) -> tuple[int, int, int, int]:
+        """Columns, distances, first blocks and latest keys that a group's patterns name."""
+        lines = [head for head in group if head.kind == "vertical_slash"]
+        window = [head for head in group if head.kind == "a_shape"]
+        recent = max((head.second for head in window), default=-_FAR)
+        return (
+            max((min(max(head.first, self.sink), self.grid.end) for head in lines), default=0),
+            max((min(max(head.second, self.local), self.grid.end) for head in lines), default=0),
+            max((-(-head.first // self.block_size) for head in window), default=0),
+            _FAR if any(head.kind == "dense" for head in group) else min(recent, _FAR),
+        )
+
+    def _named_blocks(self, heads: Sequence[Sequence[Head]]) -> Tensor | None:
+        """(B, G, n, m) blocks by mean that patterns name; None where none does."""
+        kept: Tensor | None = None
+        for head in dict.fromkeys(head for group in heads for head in group):
+            if head.kind != "block_sparse":
+                continue
+            own = tuple(int(head in group) for group in heads)
+            best = self.blocks(head) & (on_device(own, self.layout.device) > 0)[:, None, None]
+            kept = best if kept is None else kept | best
+        return kept
 
 
 def _best(score: Tensor, count: int) -> Tensor:
