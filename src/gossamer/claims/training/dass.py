@@ -103,7 +103,8 @@ def _masks_check(runs: Sequence[Figures]) -> Verdict:
 
 
 def _weights(space: nn.Module, architecture: Mapping[str, str]) -> int:
-    return sum(p.numel() for p in decided(space, architecture).parameters() if p.dim() > 1)
+    named = decided(space, architecture).named_parameters()
+    return sum(p.numel() for name, p in named if name.endswith("weight"))
 
 
 @one_thread()
