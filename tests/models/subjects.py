@@ -98,6 +98,12 @@ def _labelled_unknown_words() -> Inputs:
     return Inputs({**values, "input_ids": torch.full_like(values["input_ids"], 10_000)})
 
 
+def _more_labels() -> Inputs:
+    """Of more classes than the network has."""
+    values = dict(images().values)
+    return Inputs({**values, "labels": torch.arange(len(values["labels"]))})
+
+
 def _unknown_words() -> Tokens:
     tokens = Tokens.from_ids(torch.full((2, 8), 3))
     object.__setattr__(tokens, "input_ids", torch.full((2, 8), 10_000))
@@ -150,6 +156,7 @@ SUBJECTS: dict[str, Subject] = {
     "masked-diffusion language model": Subject(
         build=diffusion_lm, data=lambda: None, outputs=denoised
     ),
+    "frozen network": Subject(build=mobilenet, data=images, outputs=logits, broken=_more_labels),
     "natural patches": Subject(build=coder, data=patches, outputs=recoded, broken=broken_patches),
     "stream model": Subject(build=stream_net, data=shapes, outputs=streamed),
     "vision-language model": Subject(

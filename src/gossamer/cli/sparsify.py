@@ -16,6 +16,9 @@ from gossamer.recipes.recipe import load
 
 __all__ = ["sparsify"]
 
+# Kinds of models whose text needs labels.
+_LABELLED = ("steered language model", "labelled language model", "frozen network")
+
 
 def sparsify(
     model: str,
@@ -74,7 +77,7 @@ def sparsify(
     loaded = load(model, dtype=dtype, device=device, allow_pickle=allow_pickle)
     with bar(f"{made.key()} on {model}", quiet=json) as progress:
         tokens: Any
-        if made.subject in ("steered language model", "labelled language model"):
+        if made.subject in _LABELLED:
             tokens = as_labelled(data, loaded.model, length=length, tokenizer=loaded.tokenizer)
         else:
             tokens = as_tokens(

@@ -38,7 +38,7 @@ def test_the_loops_of_the_page_train_sparsely(tmp_path):
         ),
     }
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
-    assert len(blocks) == 7
+    assert len(blocks) == 8
     for index, block in enumerate(blocks):
         if "Trainer(" in block:
             names["model"] = tiny_model("llama")

@@ -87,7 +87,7 @@ class Reprogramming(Method):
         kernel="none",
         departs="range of a frame from the data; text form with soft prompt and words as classes",
     )
-    subject: ClassVar[str] = "vision model"
+    subject: ClassVar[str] = "frozen network"
     example: ClassVar[Mapping[str, Any]] = {"epochs": 2, "lr": 0.5}
     exempt: ClassVar[Mapping[str, str]] = {
         "dense at sparsity 0": "it removes nothing: the network's task changes, not its weights",
