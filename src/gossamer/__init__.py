@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from gossamer.core import Budget, GossamerError, Pattern, Selection
     from gossamer.evaluate import score, speed
     from gossamer.execute import accelerate
+    from gossamer.methods.training.scaling.law import fit_scaling_law
+    from gossamer.methods.training.scaling.parameters import average_parameters
     from gossamer.models import Tokens, find_sites
     from gossamer.recipes.compare import compare
     from gossamer.recipes.recipe import Recipe, load
@@ -31,8 +33,10 @@ _PUBLIC = {
     "Selection": "gossamer.core",
     "Tokens": "gossamer.models",
     "accelerate": "gossamer.execute",
+    "average_parameters": "gossamer.methods.training.scaling.parameters",
     "compare": "gossamer.recipes.compare",
     "find_sites": "gossamer.models",
+    "fit_scaling_law": "gossamer.methods.training.scaling.law",
     "load": "gossamer.recipes.recipe",
     "score": "gossamer.evaluate",
     "speed": "gossamer.evaluate",
@@ -47,8 +51,10 @@ __all__ = [
     "Tokens",
     "__version__",
     "accelerate",
+    "average_parameters",
     "compare",
     "find_sites",
+    "fit_scaling_law",
     "load",
     "method",
     "score",
