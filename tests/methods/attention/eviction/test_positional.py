@@ -6,6 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 from gossamer.core import GossamerError
 from gossamer.methods.attention.eviction import positional
@@ -60,10 +61,6 @@ def logits(model, cache, tokens, *edges):
     return torch.cat(parts, 1)
 
 
-def new_cache(model):
-    return model(ids(1, 1), use_cache=True).past_key_values.__class__(config=model.config)
-
-
 @pytest.mark.parametrize("name", ["llama", "phi3", "qwen3"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_answers_are_those_of_the_mask_and_bytes_fewer(kind, name, make):
@@ -71,7 +68,7 @@ def test_answers_are_those_of_the_mask_and_bytes_fewer(kind, name, make):
     found, held = {}, {}
     for evict in (True, False):
         with make(kind, evict=evict).apply(model, text) as work:
-            cache = new_cache(model)
+            cache = DynamicCache(config=model.config)
             found[evict] = logits(model, cache, text, 70)
             held[evict] = held_bytes(cache)
             assert all(isinstance(layer, Shortened) == evict for layer in cache.layers)
@@ -86,7 +83,7 @@ def test_answers_are_those_of_the_mask_and_bytes_fewer(kind, name, make):
         assert short[0][0][1] == cache.get_seq_length() - (125 - 70 - 1) % 8 - TAIL
         assert short[0][0][0] < 20
         assert short[1][0][1] < 20
-    dense = logits(model, new_cache(model), text, 70)
+    dense = logits(model, DynamicCache(config=model.config), text, 70)
     assert (found[True] - dense).abs().max() > 0.01
 
 
@@ -94,7 +91,7 @@ def test_answers_are_those_of_the_mask_and_bytes_fewer(kind, name, make):
 def test_the_report_s_bytes_are_those_the_cache_holds(kind, make):
     model, text = tiny_model("llama"), ids(1, 120)
     with make(kind).apply(model, text) as work:
-        cache = new_cache(model)
+        cache = DynamicCache(config=model.config)
         for end in (71, 79, 87):
             start = cache.get_seq_length()
             logits(model, cache, text[:, start:end], *([70] if not start else []))
@@ -146,7 +143,7 @@ def test_a_later_question_of_any_length_where_rules_do_not_grow(make):
     found = {}
     for evict in (True, False):
         with make("s2_attention", evict=evict).apply(model, text):
-            cache = new_cache(model)
+            cache = DynamicCache(config=model.config)
             logits(model, cache, text, 70)
             twin = copy.deepcopy(cache)
             with torch.no_grad():
@@ -161,7 +158,7 @@ def test_only_layers_and_calls_it_decodes_itself(make):
 
     def kinds(method):
         with method.apply(model, text):
-            cache = new_cache(model)
+            cache = DynamicCache(config=model.config)
             logits(model, cache, text, 70)
         return [isinstance(layer, Shortened) for layer in cache.layers]
 
@@ -178,7 +175,7 @@ def test_sliding_layers_of_the_model_are_left(make):
     found = {}
     for evict in (True, False):
         with make("moa", evict=evict).apply(model):
-            cache = new_cache(model)
+            cache = DynamicCache(config=model.config)
             found[evict] = logits(model, cache, text, 70)
             assert [isinstance(layer, Shortened) for layer in cache.layers] == [False, evict]
     torch.testing.assert_close(found[True], found[False], atol=2e-5, rtol=1e-4)
@@ -187,7 +184,7 @@ def test_sliding_layers_of_the_model_are_left(make):
 def test_a_restored_method_takes_its_caches_along(make):
     model, text = tiny_model("llama"), ids(length=90)
     work = make("moa").apply(model)
-    cache = new_cache(model)
+    cache = DynamicCache(config=model.config)
     logits(model, cache, text, 70)
     work.restore()
     with pytest.raises(GossamerError, match="method that took the others was restored"):
@@ -204,9 +201,9 @@ def test_the_fastest_backend_never_runs_full_attention_over_a_cache_with_gaps(ki
             SnapKV(**snap, backend=backend) if kind == "snapkv" else make(kind, backend=backend)
         )
         with method.apply(model, text) as work:
-            cache = new_cache(model)
+            cache = DynamicCache(config=model.config)
             first = logits(model, cache, text, 70)
-            again = new_cache(model)
+            again = DynamicCache(config=model.config)
             answers[backend] = logits(model, again, text, 70)[:, 70:]
             assert all(isinstance(layer, Shortened) for layer in again.layers)
             assert first.isfinite().all()
@@ -222,3 +219,16 @@ def test_bytes_of_a_choice_that_depends_on_the_input_are_not_foretold():
         with pytest.raises(GossamerError, match="depend on the input"):
             work.cache_bytes(100)
         assert "once decoding has begun" not in str(work.report())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("kind", KINDS)
+def test_on_a_gpu_as_on_a_cpu(kind, make):
+    text, found = ids(length=125), {}
+    for device in ("cpu", "cuda"):
+        model = tiny_model("llama").to(device)
+        with make(kind).apply(model, text):
+            cache = DynamicCache(config=model.config)
+            found[device] = logits(model, cache, text.to(device), 70).cpu()
+            assert all(isinstance(layer, Shortened) for layer in cache.layers)
+    torch.testing.assert_close(found["cuda"], found["cpu"], atol=1e-3, rtol=1e-3)
