@@ -18,7 +18,9 @@ from gossamer.methods.training.tickets.rounds import find_ticket
 __all__ = ["CLAIMS"]
 
 _CANVAS = 16
-_STEPS = 200
+_STEPS = 400
+# A random mask of this small network learns nothing at first; a tenth of the operations each.
+_RANDOM_STEPS = 2500
 Pair = tuple[Tensor, Tensor]
 Attach = Callable[[nn.Module, torch.optim.Optimizer], Any]
 
@@ -107,7 +109,7 @@ def _on_others(
 def _prompted(seed: int) -> Figures:
     """Accuracy on the digits 5 to 9: trained prompt, no map, no training, probe."""
     net = _perceptron(seed)
-    _train(net, seed)
+    _train(net, seed, steps=200)
     before = {name: value.clone() for name, value in net.state_dict().items()}
     epochs = 30
     figures = {
@@ -136,7 +138,7 @@ def _networks(seed: int) -> dict[str, nn.Module]:
     values = {"sparsity": 0.9, "steps": _STEPS, "seed": seed}
 
     def random(net: nn.Module, optimizer: torch.optim.Optimizer) -> Any:
-        return RandomPruning(**values).attach(net, optimizer)
+        return RandomPruning(sparsity=0.9, steps=_RANDOM_STEPS, seed=seed).attach(net, optimizer)
 
     def train(net: nn.Module, attach: Attach) -> None:
         _train(net, seed, attach)
@@ -145,7 +147,7 @@ def _networks(seed: int) -> dict[str, nn.Module]:
         name: _convolutions(seed) for name in ("dense", "magnitude", "imp", "random")
     }
     _train(nets["dense"], seed)
-    _train(nets["random"], seed, random)
+    _train(nets["random"], seed, random, _RANDOM_STEPS)
     find_ticket(IMP(**values, prune=0.9, rewind=0.05), nets["magnitude"], train, undo=False)
     find_ticket(IMP(**values, rewind=0.05), nets["imp"], train, undo=False)
     return nets
@@ -204,8 +206,9 @@ CLAIMS = (
         paper="abstract: tickets are not universal, their accuracy drops on some targets under "
         "visual prompts; dense networks are better calibrated",
         experiment="convolutions 8 and 16, linear 32 and 5, trained on the digits 0 to 4 upscaled "
-        "to 16 x 16 for 200 updates; tickets at 90 % of one magnitude pruning and of 11 rounds, "
-        "both rewound; target digits 5 to 9, frame 2 wide, 100 epochs",
+        "to 16 x 16 for 400 updates; tickets at 90 % of one magnitude pruning and of 11 rounds, "
+        "both rewound; a random mask trained 2500 updates; target digits 5 to 9, frame 2 wide, 100 "
+        "epochs; own accuracies within a point",
         run=_tickets,
         check=_tickets_check,
         ours="prompt: accuracy dense {dense_vp_accuracy:.1f} %, magnitude ticket "
