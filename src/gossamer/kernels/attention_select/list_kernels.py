@@ -33,13 +33,18 @@ def slash_kernel(near_ptr, far_ptr, slash_ptr, K, LONG, W, WP: tl.constexpr, N: 
 
 
 @triton.jit
-def _pooled(q, k_ptr, tile, reach, factor, softcap, m, D: tl.constexpr, DP: tl.constexpr,
+def _pooled(q_at, live, k_ptr, tile, reach, factor, softcap, m, D: tl.constexpr, DC: tl.constexpr,
             N: tl.constexpr, SOFTCAP: tl.constexpr):  # fmt: skip
     """Scores in base 2 of pooled queries against a tile of pooled keys, -inf where unseen."""
-    j, d = tile * N + tl.arange(0, N), tl.arange(0, DP)
-    k = tl.load(k_ptr + j[:, None] * D + d[None, :], mask=(j < m)[:, None] & (d < D)[None, :],
-                other=0.0)  # fmt: skip
-    score = tl.dot(q, k.T, input_precision="ieee") * factor
+    j, c = tile * N + tl.arange(0, N), tl.arange(0, DC)
+    score = (reach[:, None] * 0 + (j * 0)[None, :]).to(tl.float32)
+    for start in range(0, D, DC):
+        d = start + c
+        q = tl.load(q_at[:, None] + d[None, :], mask=live[:, None] & (d < D)[None, :], other=0.0)
+        k_at = k_ptr + j[:, None] * D + d[None, :]
+        k = tl.load(k_at, mask=(j < m)[:, None] & (d < D)[None, :], other=0.0)
+        score += tl.dot(q, k.T, input_precision="tf32x3")
+    score *= factor
     if SOFTCAP:
         x = score / softcap
         score = softcap * (2.0 / (1.0 + tl.exp2(-2.0 * 1.4426950408889634 * x)) - 1.0)
@@ -61,20 +66,16 @@ def share_kernel(
     R: tl.constexpr,
     RP: tl.constexpr,
     ROWS: tl.constexpr,
-    DP: tl.constexpr,
+    DC: tl.constexpr,
     N: tl.constexpr,
     SOFTCAP: tl.constexpr,
 ):
     """Share of the whole map of every pooled pair, the mean over R heads; row n is the guess."""
     part, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    f, d = tl.arange(0, RP * ROWS), tl.arange(0, DP)
+    f = tl.arange(0, RP * ROWS)
     r, i = f // ROWS, part * ROWS + f % ROWS
     live = (r < R) & (i <= n)
-    q = tl.load(
-        q_ptr + ((row * R + r) * (n + 1) + i)[:, None] * D + d[None, :],
-        mask=live[:, None] & (d < D)[None, :],
-        other=0.0,
-    )
+    q_at = q_ptr + ((row * R + r) * (n + 1) + i) * D
     reach = BASE + tl.minimum(i, n - 1)
     last = BASE + tl.minimum(part * ROWS + ROWS - 1, n - 1)
     tiles = tl.minimum(last // N + 1, (m + N - 1) // N)
@@ -82,14 +83,14 @@ def share_kernel(
     top = tl.full((RP * ROWS,), -1.0e30, dtype=tl.float32)
     total = tl.zeros((RP * ROWS,), dtype=tl.float32)
     for tile in range(tiles):
-        score = _pooled(q, own_k, tile, reach, factor, softcap, m, D, DP, N, SOFTCAP)
+        score = _pooled(q_at, live, own_k, tile, reach, factor, softcap, m, D, DC, N, SOFTCAP)
         new = tl.maximum(top, tl.max(score, 1))
         total = total * tl.exp2(top - new) + tl.sum(tl.exp2(score - new[:, None]), 1)
         top = new
     per = tl.where(live, 1.0 / (tl.maximum(total, 1.0e-30) * R), 0.0)
     own, c = part * ROWS + tl.arange(0, ROWS), tl.arange(0, N)
     for tile in range(tiles):
-        score = _pooled(q, own_k, tile, reach, factor, softcap, m, D, DP, N, SOFTCAP)
+        score = _pooled(q_at, live, own_k, tile, reach, factor, softcap, m, D, DC, N, SOFTCAP)
         weight = tl.exp2(score - top[:, None]) * per[:, None]
         weight = tl.sum(tl.reshape(weight, (RP, ROWS, N)), 0)
         j = tile * N + c
@@ -184,7 +185,7 @@ def cut_kernel(x_ptr, kept_ptr, SIZE, target, N: tl.constexpr):
         tl.store(kept_ptr + row * SIZE + n, kept.to(tl.int8), mask=n < SIZE)
 
 
-@triton.jit(do_not_specialize=["K", "m", "LEAST", "SIDE"])
+@triton.jit(do_not_specialize=["K", "m", "LEAST"])
 def cover_kernel(
     vertical_ptr,
     slash_ptr,

@@ -95,10 +95,11 @@ def pooled_share(
         R=heads // shared,
         RP=repeat,
         ROWS=high,
-        DP=max(16, triton.next_power_of_2(width)),
+        DC=min(32, max(16, triton.next_power_of_2(width))),
         N=32,
         SOFTCAP=softcap is not None,
         num_warps=4,
+        num_stages=2,
     )
     return share, guess
 
