@@ -32,6 +32,10 @@ from gossamer.methods.training.set import SET
 from gossamer.methods.training.snip import SNIP
 from gossamer.methods.training.sparsifier.checkpoint import read_state, write_state
 from gossamer.methods.training.sr_ste import SRSTE
+from gossamer.models import load_model
+from gossamer.models.store import read_stages
+from tests.models.subjects import random_tokens
+from tests.models.tiny import tiny_model
 
 METHODS = {
     "rigl": RigL(sparsity=0.6, steps=6, every=2),
@@ -219,6 +223,31 @@ def check_refusals(rank, folder):
     outcome(again)
 
 
+def check_saving(rank, folder):
+    """A language model, sharded block by block, trained and saved."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model, mesh = tiny_model("llama"), init_device_mesh("cpu", (2,))
+    for module in (*model.model.layers, model):
+        fully_shard(module, mesh=mesh)
+    trains = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    sparsifier = RigL(sparsity=0.75, steps=2, every=1, until=1.0).attach(model, trains)
+    for _ in range(2):
+        ids = random_tokens().input_ids[rank : rank + 1]
+        model(input_ids=ids, labels=ids).loss.backward()
+        trains.step()
+        sparsifier.step()
+        trains.zero_grad()
+    work = sparsifier.finish()
+    work.save(folder / "saved")
+    with pytest.raises(GossamerError, match="exists and is not empty|rank 0 could not save"):
+        work.save(folder / "saved")
+    whole = {name: full(value) for name, value in model.state_dict().items()}
+    if rank == 0:
+        torch.save((whole, work.masks), folder / "saved.pt")
+
+
 def check_states(key, sparsifier, folder):
     """A state names its number of processes, and goes on with as many only."""
     state = sparsifier.state_dict()
@@ -260,6 +289,7 @@ def worker(rank, folder):
     for key in ("rigl", "sr_ste", "cast"):
         check_precision(key, rank)
     check_refusals(rank, folder)
+    check_saving(rank, folder)
     if rank == 0:
         torch.save(found, folder / "found.pt")
     dist.destroy_process_group()
@@ -287,6 +317,15 @@ def test_processes_hold_the_masks_of_one(tmp_path):
             for path, weight in model.named_parameters():
                 assert torch.allclose(at[path], weights[path], atol=1e-5), (name, key, path)
                 assert torch.allclose(ends[path], weight, atol=1e-5), (name, key, path)
+    whole, masks = torch.load(tmp_path / "saved.pt", weights_only=True)
+    again = load_model(tmp_path / "saved", kind="any").model
+    assert type(again).__name__ == "LlamaForCausalLM"
+    for name, value in again.state_dict().items():
+        assert torch.equal(value, whole[name]), name
+    (stage,) = read_stages(tmp_path / "saved")
+    work = RigL(steps=2).reattach(again, stage.meta, stage.tensors)
+    assert all(torch.equal(masks[name], mask) for name, mask in work.masks.items())
+    assert work.report().sparsity == pytest.approx(0.75, abs=1e-3)
     # Another number of processes is refused here as well, of every kind of state.
     for key in ("rigl", "cast"):
         state = read_state(tmp_path / f"{key}.safetensors")

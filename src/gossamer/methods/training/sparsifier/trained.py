@@ -1,6 +1,7 @@
 """A model that was trained sparse: the zeros are in its parameters."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,12 +10,13 @@ from torch import Tensor, nn
 from gossamer.core import GossamerError, Selection, unpack_bits
 from gossamer.methods.training.sparsifier.flops import TrainingFlops
 from gossamer.methods.training.sparsifier.layers import Layer, find_layers
+from gossamer.methods.training.sparsifier.layout import Layout, everywhere, here, is_sharded, rank
 from gossamer.models import Applied, Report, SiteRow, State, at_work
 
 if TYPE_CHECKING:
     from gossamer.methods.training.base import SparseTraining
 
-__all__ = ["SparselyTrained", "copy_of", "put_back", "reattached"]
+__all__ = ["SparselyTrained", "copy_of", "gathered", "put_back", "reattached"]
 
 
 def copy_of(model: nn.Module) -> dict[str, Tensor]:
@@ -27,6 +29,17 @@ def put_back(model: nn.Module, before: Mapping[str, Tensor]) -> None:
     """Write copies back in place."""
     for name, tensor in _tensors(model):
         tensor.copy_(before[name])
+
+
+@torch.no_grad()
+def gathered(model: nn.Module) -> dict[str, Tensor]:
+    """The whole state dict in the main memory of rank 0, one tensor at a time. Collective."""
+    whole: dict[str, Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        full = Layout(name, tensor).full(here(tensor))
+        if rank() == 0:
+            whole[name] = full.cpu()
+    return whole
 
 
 def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
@@ -63,6 +76,7 @@ class SparselyTrained(Applied):
         self.losses = losses
         self.flops = flops
         self._before = before
+        self._whole: dict[str, Tensor] | None = None
         self._notes = notes
         self._warnings = warnings
         self._kept = {layer.name: self.selection(layer.name).kept for layer in layers}
@@ -86,6 +100,31 @@ class SparselyTrained(Applied):
                 "restore that first"
             )
         put_back(self.model, self._before)
+
+    def plain(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Whole tensors in place of shards, while :meth:`save` has them."""
+        return tensors if self._whole is None else self._whole
+
+    def save(self, folder: str | Path, tokenizer: Any = None) -> Path:
+        """As for any method; of a sharded model rank 0 writes, and every process must call this.
+
+        The whole model passes through the main memory of rank 0.
+        """
+        if not any(map(is_sharded, self.model.parameters())):
+            return super().save(folder, tokenizer)
+        failed: Exception | None = None
+        self._whole = gathered(self.model)
+        try:
+            if rank() == 0:
+                super().save(folder, tokenizer)
+        except Exception as error:
+            failed = error
+        finally:
+            self._whole = None
+        # Nobody goes on before the files are there, or without knowing that they are not.
+        if not everywhere(failed is None, here(next(self.model.parameters())).device):
+            raise failed or GossamerError("rank 0 could not save; its message says why")
+        return Path(folder)
 
     def state(self) -> State:
         """The masks, and what was noted of the training."""
