@@ -64,6 +64,7 @@ def train(
     lr: float = 0.1,
     loss: StartLoss | None = None,
     watch: Callable[[Sparsifier], None] | None = None,
+    dense: int = 0,
 ) -> Sparsifier | None:
     """Train with SGD whose rate falls linearly; dense without a method.
 
@@ -74,16 +75,20 @@ def train(
     method : or what attaches one to a network and an optimizer.
     loss : what methods take that score the network before training.
     watch : called after every update.
+    dense : updates before the method is attached.
     """
     x, y, _, _ = _digits()
     optimizer = torch.optim.SGD(net.parameters(), lr=lr, momentum=0.9, weight_decay=5e-4)
-    if isinstance(method, SparseTraining):
-        sparsifier = method.attach(net, optimizer, loss=loss)
-    else:
-        sparsifier = None if method is None else method(net, optimizer)
+    sparsifier: Sparsifier | None = None
     generator = torch.Generator().manual_seed(seed)
-    first = 0 if sparsifier is None else sparsifier.updates
+    first = 0
     for step in range(steps):
+        if step == dense and method is not None:
+            if isinstance(method, SparseTraining):
+                sparsifier = method.attach(net, optimizer, loss=loss)
+            else:
+                sparsifier = method(net, optimizer)
+            first = sparsifier.updates
         rows = torch.randint(len(x), (64,), generator=generator)
         if step < first:
             continue

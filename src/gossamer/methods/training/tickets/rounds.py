@@ -1,6 +1,6 @@
 """All rounds of a search for a ticket: train, prune, rewind, again; resumable between rounds."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -76,12 +76,21 @@ Train = Callable[[nn.Module, Attach], object]
 
 
 @contextmanager
-def kept_as_it_was(model: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """Gives a copy of all weights and buffers, and writes it back after an error or interrupt."""
+def kept_as_it_was(
+    model: nn.Module, made: Sequence[Sparsifier] = ()
+) -> Iterator[dict[str, Tensor]]:
+    """Gives a copy of all weights and buffers, and writes it back after an error or interrupt.
+
+    Parameters
+    ----------
+    made : sparsifiers whose hooks go then.
+    """
     before = copy_of(model)
     try:
         yield before
     except BaseException:
+        for sparsifier in made:
+            sparsifier.remove()
         put_back(model, before)
         raise
 
