@@ -64,7 +64,7 @@ class VoteSelector(Selector):
     def select(self, call: Call, layout: Layout, layer: int) -> KeyIndex:
         held = _layer_of(call, layer)
         if isinstance(held, Shortened):
-            return PackedIndex.over(layout, held.counts, held.keys.shape[2])
+            return PackedIndex.over(layout, held.counts, held.keys.shape[2], held.size)
         if not layout.query_offset or windowed(held, layout):
             return FullIndex(layout)
         if "kept" not in call.state.tensors:

@@ -35,15 +35,18 @@ class PackedIndex(KeyIndex):
     held: Tensor
 
     @classmethod
-    def over(cls, model: Layout, counts: Tensor, later: int) -> "PackedIndex":
+    def over(
+        cls, model: Layout, counts: Tensor, later: int, size: int | None = None
+    ) -> "PackedIndex":
         """The index of a call on a shortened layer.
 
         Parameters
         ----------
         model : its layout. counts : (B, G), keys held of each head, the later ones included.
-        later : T, of these those that came after the eviction.
+        later : T, of these those that came after the eviction. size : M + T, where
+            it is known without asking the device.
         """
-        size = int(counts.max())
+        size = int(counts.max()) if size is None else size
         name = ("packed", size)
         if name not in model.memo:
             model.memo[name] = Layout(

@@ -120,13 +120,13 @@ class PositionSelector(Selector):
         return self.index(call, layout, layer)
 
     def _held(self, held: Shortened, layout: Layout, layer: int) -> HeldIndex:
-        base = PackedIndex.over(layout, held.counts, held.keys.shape[2])
+        base = PackedIndex.over(layout, held.counts, held.keys.shape[2], held.size)
         lengths = logical_lengths(layout)
 
         def rule(at: Tensor, of: Tensor) -> Tensor:
             return self.reads(layer, at, of, lengths)
 
-        position = _positions(held, layout)
+        position = _positions(held, layout, base.held)
         return HeldIndex(base.layout, base.model, base.held, position, rule)
 
     def owns(self, call: Call, layer: int) -> bool:
@@ -144,7 +144,8 @@ class PositionSelector(Selector):
         lengths = logical_lengths(layout)
         if isinstance(held, Shortened):
             if held.keys.shape[2] >= TAIL + EVERY:
-                position = _positions(held, layout)[:, :, :-TAIL]
+                real = PackedIndex.over(layout, held.counts, held.keys.shape[2], held.size).held
+                position = _positions(held, layout, real)[:, :, :-TAIL]
                 settle(held, self.needed(layer, position, lengths) & (position >= 0))
         elif why_not(held) is None and _due(call.state, layout):
             position = layout.position[:, None, : layout.end - TAIL]
@@ -170,13 +171,12 @@ def _due(state: LayerState, layout: Layout) -> bool:
     return True
 
 
-def _positions(held: Shortened, layout: Layout) -> Tensor:
-    """(B, G, M) logical position of everything held, -1 where a place holds nothing."""
+def _positions(held: Shortened, layout: Layout, real: Tensor) -> Tensor:
+    """(B, G, M) logical position of everything held, -1 where a place holds nothing (not real)."""
     later = held.keys.shape[2]
     place = held.places.padded(extra=later)[..., 0].long()
     at = torch.arange(held.removed, held.removed + later, device=place.device)
     place[:, :, place.shape[2] - later :] = at
-    real = PackedIndex.over(layout, held.counts, later).held
     found = layout.position.expand(len(place), -1)[:, None].expand(*place.shape[:2], -1)
     return torch.where(real, found.gather(2, place), -1)
 

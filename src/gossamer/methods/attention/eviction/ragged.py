@@ -5,6 +5,7 @@ head, W = width of a row.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -55,9 +56,9 @@ class Ragged:
         """All heads have the same number of rows."""
         return len(self.flat) == self.counts.numel() * self.most
 
-    @property
+    @cached_property
     def most(self) -> int:
-        """M."""
+        """M; asked of the device once."""
         return int(self.counts.max()) if self.counts.numel() else 0
 
     @property
@@ -80,8 +81,17 @@ class Ragged:
         if self.equal:
             out[:, :, :most] = self.flat.view(batch, heads, most, width)
         else:
-            out[:, :, :most][from_right(self.counts, most)] = self.flat
+            out.view(-1, width).index_copy_(0, self._places(most + extra), self.flat)
         return out
+
+    def _places(self, size: int) -> Tensor:
+        """(N,) where every row stands among (B * G * size), M - count places left free before."""
+        counts = self.counts.flatten()
+        head = torch.arange(len(counts), device=counts.device)
+        shift = head * size + self.most - counts.cumsum(0)
+        total = len(self.flat)
+        shift = torch.repeat_interleave(shift, counts, output_size=total)
+        return shift + torch.arange(total, device=shift.device)
 
     def rows(self, chosen: Tensor) -> "Ragged":
         """The sequences named by ``chosen`` (int64), in that order, repeats allowed."""

@@ -125,6 +125,11 @@ class Shortened(DynamicLayer):
         """(B, G) keys held of each head."""
         return self.kept_keys.counts + self.keys.shape[2]
 
+    @property
+    def size(self) -> int:
+        """M + T, places of a head in what :meth:`update` returns."""
+        return self.kept_keys.most + self.keys.shape[2]
+
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the latest tokens.
 
