@@ -202,8 +202,8 @@ def top_lines(
         *(_rows(vertical), slash.contiguous(), wanted, places),
         *(columns.view(torch.int8), diagonals.view(torch.int8), _rows(vertical).stride(1)),
         *(shared, keys, blocks, width, sink, local, tiling.wide, tiling.base % tiling.wide),
-        N=8192,
-        num_warps=16,
+        N=4096,
+        num_warps=32,
     )
     return places, columns, diagonals
 

@@ -271,7 +271,7 @@ def mass_cut(weights: Tensor, mass: float, *, backend: Backend = "auto") -> Tens
             size,
             int(mass * UNIT),
             N=min(4096, max(128, triton.next_power_of_2(size))),
-            num_warps=16 if size > 2048 else 4,
+            num_warps=32 if size > 2048 else 4,
         )
         return kept.view(weights.shape).view(torch.bool)
     together = 1024 if size > 1024 else max(16, triton.next_power_of_2(size))
