@@ -80,7 +80,7 @@ def train(given: argparse.Namespace, arm: str, lr: float, seed: int) -> dict[str
     model, data, choose, report = bench(given.model, given.data, given.length, given.windows, place)
     if arm == "untuned":
         return {
-            "arm": arm, "lr": 0.0, "seed": 0, "share": 0.0, "seconds": 0.0,
+            "arm": arm, "lr": 0.0, "seed": 0, "share": "nothing trained", "seconds": 0.0,
             "choose": score(model, choose).loss, "report": score(model, report).loss,
         }  # fmt: skip
     shared = {"steps": given.steps, "batch_size": given.batch, "lr": lr, "seed": seed}
@@ -90,7 +90,7 @@ def train(given: argparse.Namespace, arm: str, lr: float, seed: int) -> dict[str
     try:
         return {
             "arm": arm, "lr": lr, "seed": seed, "seconds": seconds,
-            "share": work.report().notes[0], "sparsity": work.report().sparsity,
+            "share": f"{work.share:.2%} trained", "sparsity": work.report().sparsity,
             "choose": score(model, choose).loss, "report": score(model, report).loss,
         }  # fmt: skip
     finally:

@@ -163,8 +163,7 @@ class Tuning(Method):
             tuner.undo = undo
             work = tuner.finish(fold=fold)
         except BaseException:
-            tuner.remove()
-            tuner.put_head_back()
+            tuner.cancel()
             raise
         work.losses = losses
         return work

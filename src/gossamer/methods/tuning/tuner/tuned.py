@@ -28,6 +28,7 @@ class Tuned(Applied):
     ----------
     tuner : while the adapters are in the model, else None.
     losses : of every update, where gossamer's own loop trained.
+    trained, size : how many numbers trained, and how many parameters the model itself has.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class Tuned(Applied):
         tuner: "Tuner | None",
         undo: bool,
         masks: Mapping[str, Tensor] | None = None,
+        trained: int = 0,
         notes: tuple[str, ...] = (),
         warnings: tuple[str, ...] = (),
     ) -> None:
@@ -46,12 +48,19 @@ class Tuned(Applied):
         self.tuner = tuner
         self.losses: tuple[float, ...] = ()
         self.sites: dict[str, Site] = dict(tuner.sites) if tuner else {}
+        self.size = tuner.own if tuner else sum(p.numel() for p in model.parameters())
+        self.trained = tuner.trainable if tuner else trained
         self._masks = dict(masks or {})
         self._notes = notes
         self._warnings = warnings
         self._before: dict[str, Tensor] = {}
-        self._head: Tuner | None = None
+        self._head: list[tuple[Tensor, Tensor]] = []
         self._join()
+
+    @property
+    def share(self) -> float:
+        """Trained numbers over the parameters of the model itself."""
+        return self.trained / self.size
 
     @property
     def rewrites(self) -> bool:
@@ -91,7 +100,9 @@ class Tuned(Applied):
             for name, site in self.sites.items():
                 self._before.setdefault(name, site.weight(self.model).clone())
         tuner.fold()
-        self._head, self.tuner = tuner, None
+        # Not the tuner itself: its adapters and masks are to be freed.
+        self._head = tuner.head_before()
+        self.tuner = None
 
     @torch.no_grad()
     def _undo(self) -> None:
@@ -100,12 +111,14 @@ class Tuned(Applied):
                 "tuned without a copy of the weights before; attach with undo=True to restore, "
                 "or load the model again"
             )
+        head = self._head
         if self.tuner is not None:
             self.tuner.remove()
+            head = self.tuner.head_before()
         for name, value in self._before.items():
             self.sites[name].write(self.model, value)
-        if (tuner := self.tuner or self._head) is not None:
-            tuner.put_head_back()
+        for parameter, value in head:
+            parameter.copy_(value)
 
     def plain(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """The model's own tensors, with the folded matrices in their places."""
@@ -120,7 +133,11 @@ class Tuned(Applied):
 
     def state(self) -> State:
         """Masks and notes; with adapters also these and the frozen matrices."""
-        meta: dict[str, Any] = {"sites": list(self.sites), "folded": self.tuner is None}
+        meta: dict[str, Any] = {
+            "sites": list(self.sites),
+            "folded": self.tuner is None,
+            "trained": self.trained,
+        }
         if self.tuner is None:
             meta |= {"notes": list(self._notes), "warnings": list(self._warnings)}
             return State(meta, {f"mask.{name}": mask for name, mask in self._masks.items()})
@@ -133,10 +150,8 @@ class Tuned(Applied):
     def report(self) -> Report:
         """Sparsity of every matrix, the share of parameters that trained, the memory held."""
         notes, warnings = self._notes, self._warnings
-        size = sum(p.numel() for p in self.model.parameters())
         if self.tuner is not None:
             notes, warnings = self._remarks(self.tuner)
-            size = self.tuner.own
         rows = tuple(
             SiteRow(name, s.role, s.block, s.size, self.selection(name).sparsity)
             for name, s in self.sites.items()
@@ -145,7 +160,7 @@ class Tuned(Applied):
             self.method.to_dict(),
             rows,
             "weights",
-            size,
+            self.size,
             self.simulated,
             notes=notes,
             warnings=warnings,
@@ -155,8 +170,8 @@ class Tuned(Applied):
         head = f", the head {', '.join(tuner.method.head)} among them" if tuner.head else ""
         held = ", ".join(f"{name} {size:,} bytes" for name, size in tuner.memory().items() if size)
         notes = [
-            f"{tuner.trainable:,} parameters trained{head}: {tuner.share:.2%} of the model's "
-            f"{tuner.own:,}, which stayed frozen",
+            f"{self.trained:,} parameters trained{head}: {self.share:.2%} of the model's "
+            f"{self.size:,}",
             f"memory beside model and optimizer: {held}",
             *tuner.method.remarks(tuner),
         ]
@@ -209,7 +224,16 @@ def reattached(
             )
     notes, warnings = tuple(meta["notes"]), tuple(meta["warnings"])
     # Nothing of the model was changed, so there is nothing to put back.
-    work = Tuned(method, model, tuner=None, undo=True, masks=masks, notes=notes, warnings=warnings)
+    work = Tuned(
+        method,
+        model,
+        tuner=None,
+        undo=True,
+        masks=masks,
+        trained=meta["trained"],
+        notes=notes,
+        warnings=warnings,
+    )
     work.sites = sites
     return work
 

@@ -86,11 +86,6 @@ class Tuner:
         """How many numbers train."""
         return sum(p.numel() for p in self.parameters())
 
-    @property
-    def share(self) -> float:
-        """Trained numbers over the parameters of the model itself."""
-        return self.trainable / self.own
-
     @torch.no_grad()
     def step(self) -> bool:
         """Count an update of the optimizer, and choose masks anew where it is time.
@@ -174,11 +169,16 @@ class Tuner:
 
     # -- ending -----------------------------------------------------------------------------
 
+    def head_before(self) -> list[tuple[Tensor, Tensor]]:
+        """The head's parameters and what they held when attached with ``undo``."""
+        return [(self.head[name], value) for name, value in self._head_before.items()]
+
     @torch.no_grad()
-    def put_head_back(self) -> None:
-        """Give the head the values it had when the tuner was attached with ``undo``."""
-        for name, value in self._head_before.items():
-            self.head[name].copy_(value)
+    def cancel(self) -> None:
+        """Take the adapters away and put the head back, as if nothing had trained."""
+        self.remove()
+        for parameter, value in self.head_before():
+            parameter.copy_(value)
 
     def remove(self) -> None:
         """Take the adapters away; the frozen weights are as they always were."""
