@@ -149,13 +149,14 @@ def with_linear_error(made: Dictionary, linear: LinearFit, part: str) -> Diction
     """
     assert part in ("none", "linear", "nonlinear")
     new = Dictionary(made.d_in, made.d_sae, made.rule, made.metadata, d_out=made.d_out, skip=True)
+    new = new.to(made.W_dec)
     assert new.W_skip is not None
     weight, bias = linear.weight.to(made.W_dec), linear.bias.to(made.b_dec)
     new.W_enc.copy_(made.W_enc)
     new.b_enc.copy_(made.b_enc - made.b_dec @ made.W_enc)
     if part == "nonlinear":
         # x - (x B + c): codes are still made, for those who edit them, but say nothing here.
-        new.W_skip.copy_(torch.eye(made.d_in) - weight)
+        new.W_skip.copy_(torch.eye(made.d_in).to(weight) - weight)
         new.b_dec.copy_(-bias)
     else:
         new.W_dec.copy_(made.W_dec)

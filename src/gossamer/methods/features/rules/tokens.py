@@ -125,7 +125,7 @@ class GradientTopK(TopK):
         gradient = batch.gradient.detach()
         size = torch.linalg.vector_norm(gradient, dim=1, keepdim=True)
         unit = gradient / size.clamp_min(1e-30) * gradient.shape[1] ** 0.5
-        influence = (unit @ batch.atoms.detach().T).abs()
+        influence = (unit.to(pre.dtype) @ batch.atoms.detach().T.to(pre.dtype)).abs()
         positive = pre.detach().relu()
         indices = top_rows(positive * (1 + self.beta * influence), self.k)
         return rectified(read(pre, indices, batch))
