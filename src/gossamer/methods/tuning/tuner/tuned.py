@@ -111,6 +111,12 @@ class Tuned(Applied):
                 "tuned without a copy of the weights before; attach with undo=True to restore, "
                 "or load the model again"
             )
+        works = at_work(self.model)
+        if self._before and works[-1] is not self:
+            raise GossamerError(
+                f"{works[-1].method.key()} was applied to the tuned weights later; "
+                "restore that first"
+            )
         head = self._head
         if self.tuner is not None:
             self.tuner.remove()

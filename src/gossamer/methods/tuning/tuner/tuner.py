@@ -4,6 +4,7 @@ It freezes the model, puts an adapter beside every chosen matrix, and gives an o
 trains. After every update it lets the adapters choose anew what depends on their parameters.
 """
 
+import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -143,9 +144,10 @@ class Tuner:
         GossamerError
             If the state is of another method, other parameters or another model.
         """
-        own = self.method.to_dict()
-        if dict(state["method"]) != own:
-            wrong = [k for k, v in own.items() if state["method"].get(k) != v]
+        # Files have no tuples.
+        own, given = (json.loads(json.dumps(d)) for d in (self.method.to_dict(), state["method"]))
+        if given != own:
+            wrong = [k for k, v in own.items() if given.get(k) != v]
             raise GossamerError(
                 f"the state is of another tuning ({', '.join(wrong) or 'more parameters'} "
                 "differs); attach the method with the parameters it was saved with"
@@ -228,7 +230,8 @@ def _refuse(model: nn.Module, key: str) -> None:
                 "replicate the model with DistributedDataParallel"
             )
     for work in at_work(model):
-        if work.rewrites:
+        # Folding would fill the zeros of what was pruned before.
+        if work.rewrites or work.report().unit == "weights":
             raise GossamerError(
                 f"{work.method.key()} holds weights that {key} would write over; restore it "
                 "first, or save the model and load it without its methods"
