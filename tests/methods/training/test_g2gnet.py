@@ -131,6 +131,9 @@ def test_listening_costs_what_it_says_and_only_before_changes():
     run(model, trains, sparsifier, [2])
     heard = sparsifier.flops.total - quiet
     assert heard == pytest.approx(quiet / 2 + 2 * 192)
+    assert set(sparsifier._moments) == {"0", "2"}
+    run(model, trains, sparsifier, [3])
+    assert not sparsifier._moments
     assert not any(G2GNet(steps=12, every=4, growth="random").listens(u) for u in range(1, 13))
 
 

@@ -107,8 +107,8 @@ architecture.space.MixedOp` at the places to be searched, such as those of ``lin
     train first; then sparse operations learn the scores that say which weights stay, dense ones
     keep their largest; then what stays trains on. While weights are masked, always at the target
     sparsity, the softmax learns on samples that weights and scores never see. The operation with
-    the largest weight stays, and what was found is trained from scratch and pruned the same way,
-    on all samples.
+    the largest weight stays, and what was found is trained from scratch on all samples, through the
+    same phases, with scores that learn in every layer.
 
     Parameters
     ----------
@@ -132,9 +132,9 @@ architecture.space.MixedOp` at the places to be searched, such as those of ``lin
 
     Source: arXiv 2207.06968, of which the abstract could be checked; mixed operations and first
     order: arXiv 1806.09055. Departs from the paper: the algorithm is from memory. Ours: dense
-    operations are pruned by magnitude while the architecture is decided; scores stay where they
-    were learned, one pass through the phases; small cells of linear layers or of 3 x 3
-    convolutions; "none" is never chosen, as in DARTS; every layer has the same sparsity.
+    operations are pruned by magnitude while the architecture is decided; one pass through the
+    phases; small cells, which add to their input, of linear layers or of 3 x 3 convolutions;
+    "none" is never chosen, as in DARTS; every layer has the same sparsity.
     """
 
     card: ClassVar = Card(
