@@ -1,0 +1,55 @@
+"""The examples of docs/tuning.md run, and the page names every method."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import Trainer, TrainingArguments
+
+from gossamer import methods
+from gossamer.models.store import read_stages
+from tests.models.subjects import random_tokens
+from tests.models.tiny import tiny_model
+
+PAGE = Path(__file__).parents[3] / "docs" / "tuning.md"
+
+
+def test_the_loops_of_the_page_tune(tmp_path):
+    ids = random_tokens().input_ids
+    names = {
+        "torch": torch,
+        "Trainer": Trainer,
+        "model": tiny_model("llama"),
+        "fresh": tiny_model("llama"),
+        "batches": [{"input_ids": ids[:2], "labels": ids[:2]}] * 8,
+        "dataset": [{"input_ids": row, "labels": row} for row in ids],
+        "folder": tmp_path,
+        "arguments": TrainingArguments(
+            output_dir=str(tmp_path / "runs"),
+            max_steps=4,
+            per_device_train_batch_size=2,
+            use_cpu=True,
+            report_to=[],
+            disable_tqdm=True,
+            save_strategy="no",
+            logging_strategy="no",
+            dataloader_pin_memory=False,
+        ),
+    }
+    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    assert len(blocks) == 4
+    for index, block in enumerate(blocks):
+        if "Trainer(" in block:
+            names["model"] = tiny_model("llama")
+        exec(compile(block, f"{PAGE.name}:{index}", "exec"), names)
+    assert names["again"].updates == 8
+    assert names["callback"].applied.report().sparsity == pytest.approx(0.8, abs=1e-3)
+    for folder in ("sparse", "trained"):
+        (stage,) = read_stages(tmp_path / folder)
+        assert stage.method["method"] == "pst"
+
+
+def test_the_table_names_every_method():
+    text = PAGE.read_text(encoding="utf-8")
+    assert all(f"`{key}`" in text for key in methods.keys("tuning"))
