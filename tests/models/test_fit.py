@@ -80,6 +80,28 @@ def test_the_watcher_sees_the_optimizer_first_and_every_update():
     assert seen[1:] == [1, 2, 3]
 
 
+def test_updates_that_lie_behind_are_left_out_with_their_batches_and_rates():
+    rates, seen, done = [], [], []
+
+    def run(**values):
+        model = Line()
+        model.forward = lambda x, y: seen.append(x) or Line.forward(model, x, y)
+        fit(
+            model,
+            line(),
+            FitPlan(steps=10, lr=0.3, batch_size=4, decay=1.0),
+            watch=lambda o: lambda: rates.append(o.param_groups[0]["lr"]),
+            progress=lambda *a: done.append(a[:2]),
+            **values,
+        )
+
+    run()
+    run(done=7)
+    assert rates[10:] == rates[7:10]
+    assert all(torch.equal(a, b) for a, b in zip(seen[10:], seen[7:10], strict=True))
+    assert done[10:] == [(8, 10), (9, 10), (10, 10)]
+
+
 def test_only_the_chosen_parameters_move():
     model = tiny_model("llama")
     before = {name: p.detach().clone() for name, p in model.named_parameters()}

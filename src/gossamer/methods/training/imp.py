@@ -35,9 +35,10 @@ class IMP(SparseTraining):
     the last round removes what is missing to ``sparsity``. The sparsity therefore says how many
     rounds there are, and each costs a training: 16 trainings for 96 % at ``prune=0.2``.
 
-    ``apply`` trains all rounds with AdamW; :func:`~gossamer.methods.training.tickets.rounds
-    .find_ticket` does with any loop; ``attach`` does one round, for those who loop themselves:
-    ``sparsifier.next_round()`` gives the ``state`` to attach the next one with.
+    ``apply`` trains all rounds with AdamW; ``find_ticket`` of
+    :mod:`gossamer.methods.training.tickets.rounds` does with any loop; ``attach`` does one round,
+    for those who loop themselves: ``sparsifier.next_round()`` gives the ``state`` to attach the
+    next one with.
 
     Parameters
     ----------
