@@ -63,9 +63,9 @@ class Reprogramming(Method):
 
     Source: arXiv 2308.14969; the prompt's label map: arXiv 2211.11635 (from memory).
 
-    Departs from the paper: a frame ranges over the pixels seen in training, channel by channel,
-    before the network's own normalisation only where the data are; the text form is ours, and
-    adds up probabilities of words where images count first choices.
+    Departs from the paper: the frame ranges over the pixels seen in training, channel by channel
+    (there 0 to 1, before normalisation); the text form is ours, and adds up probabilities of words
+    where images count first choices.
     """
 
     card: ClassVar[Card] = Card(

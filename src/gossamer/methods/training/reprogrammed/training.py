@@ -25,7 +25,7 @@ __all__ = ["AdapterPlan", "train_probe", "train_prompt"]
 
 @dataclass(frozen=True)
 class AdapterPlan:
-    """How an adapter is trained; see :class:`~gossamer.methods.training.reprogramming`."""
+    """How an adapter is trained; see :class:`~gossamer.Reprogramming`."""
 
     epochs: int
     lr: float
