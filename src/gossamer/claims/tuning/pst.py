@@ -140,7 +140,8 @@ CLAIMS = (
         experiment="packaged model of templated sentences, tuned for 24 updates to one of its "
         "tasks: loss of the answer with (1 + 1 + 1)(O + I) trained parameters a matrix; without "
         "scores; under fixed magnitude and random masks with a rank-3 update; change of the "
-        "logits by folding at most 1e-5, exact zeros in every matrix",
+        "logits by folding at most 1e-5, exact zeros in every matrix; every arm at the best of "
+        "three rates or more",
         run=_run,
         check=_check,
         ours="loss {loss:.4f}, {unscored:.4f} without scores, {magnitude:.4f} magnitude, "
