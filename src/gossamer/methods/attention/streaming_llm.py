@@ -8,16 +8,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from gossamer.core import Card, GossamerError
 from gossamer.core.pattern import Window
 from gossamer.methods.attention.base import AttentionMethod
+from gossamer.methods.attention.eviction.positional import TAIL, PositionSelector
 from gossamer.methods.attention.executor import Call
 from gossamer.methods.attention.executors import choose
 from gossamer.methods.attention.index import WindowIndex, pairs_in_window
 from gossamer.methods.attention.layout import Layout
-from gossamer.methods.attention.selector import Selector
 from gossamer.models import State
 
 __all__ = ["StreamingLLM"]
@@ -27,14 +28,22 @@ _EVERYTHING = 1 << 40
 
 
 @dataclass(frozen=True)
-class WindowSelector(Selector):
+class WindowSelector(PositionSelector):
     """Sinks and the latest keys, the same in every layer."""
 
     sink: int
     recent: int
+    evict: bool = False
 
-    def select(self, call: Call, layout: Layout, layer: int) -> WindowIndex:
+    def index(self, call: Call, layout: Layout, layer: int) -> WindowIndex:
         return WindowIndex(layout, self.sink, self.recent)
+
+    def reads(self, layer: int, at: Tensor, of: Tensor, lengths: tuple[int, ...]) -> Tensor:
+        return (at - of < self.recent) | (of < self.sink)
+
+    def needed(self, layer: int, of: Tensor, lengths: tuple[int, ...]) -> Tensor:
+        last = torch.tensor(lengths, device=of.device)[:, None, None] - TAIL
+        return self.reads(layer, last, of, lengths)
 
     def pairs(self, length: int, layer: int, own: int | None) -> tuple[int, int]:
         return pairs_in_window(length, self.sink, self.recent, own)
@@ -64,11 +73,13 @@ class StreamingLLM(AttentionMethod):
     sink : first real tokens of each sequence always kept, >= 0. Padding is no token.
     backend : ``auto``, ``reference`` or ``window``.
     length : tokens at which a sparsity is solved, or None.
+    evict : dynamic caches let go of the keys between, once decoding has begun (a rolling cache);
+        answers stay the same. After ``restore()`` such a cache cannot be used any more and says so.
 
     Departs from the paper: the paper numbers positions anew inside its cache. Keys reach the
     attention interface with their positions already applied, so the original positions are
     kept. Inside the trained context that is the paper's masked form with the same keys; beyond
-    it, nothing is claimed. The cache keeps all keys, so memory is not saved.
+    it, nothing is claimed. Without ``evict`` the cache keeps all keys, so memory is not saved.
     """
 
     card: ClassVar = Card(
@@ -85,7 +96,7 @@ class StreamingLLM(AttentionMethod):
         schedule="every call",
         kernel="block-wise gather of sinks and band, fused attention",
         departs="keys keep their original positions instead of positions inside the cache; "
-        "the cache keeps all keys",
+        "the cache keeps all keys unless told to evict",
     )
 
     full: ClassVar = {"sparsity": 0.0}
@@ -99,6 +110,7 @@ class StreamingLLM(AttentionMethod):
     sparsity: float | None = None
     sink: int = 4
     recent: int | None = None
+    evict: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -130,7 +142,7 @@ class StreamingLLM(AttentionMethod):
 
     def plan(self, model: nn.Module, data: Any, length: int) -> WindowSelector:
         window = self.window(length)
-        return WindowSelector(window.sink, window.recent)
+        return WindowSelector(window.sink, window.recent, self.evict)
 
     def replan(self, meta: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> WindowSelector:
-        return WindowSelector(int(meta["sink"]), int(meta["recent"]))
+        return WindowSelector(int(meta["sink"]), int(meta["recent"]), self.evict)

@@ -16,16 +16,17 @@ from gossamer.methods.attention.moa import MoA
 from gossamer.methods.attention.quest import Quest
 from gossamer.methods.attention.s2_attention import S2Attention
 from gossamer.methods.attention.snapkv import SnapKV
+from gossamer.methods.attention.streaming_llm import StreamingLLM
 from tests.models.tiny import tiny_model
 
 # Layer 0: a short head, and one that reads everything; layer 1: one that grows, and a short one.
 SPANS = {"alphas": [[4, 0], [8, 6]], "betas": [[0, 1], [0.25, 0]]}
-KINDS = ("moa", "s2_attention")
+KINDS = ("moa", "s2_attention", "streaming_llm")
 
 
 @pytest.fixture
 def make(tmp_path, monkeypatch):
-    """Both methods, evicting every few tokens."""
+    """The methods, evicting every few tokens."""
     monkeypatch.setattr(positional, "EVERY", 8)
     path = tmp_path / "spans.json"
     path.write_text(json.dumps(SPANS))
@@ -33,6 +34,8 @@ def make(tmp_path, monkeypatch):
     def method(kind, **values):
         if kind == "moa":
             return MoA(spans=str(path), sink=3, block_size=4, **values)
+        if kind == "streaming_llm":
+            return StreamingLLM(recent=9, sink=2, **{"evict": True, **values})
         own = {"block": 4, "local": 2, "stride": 2, "dense_every": 0, "steps": 0}
         return S2Attention(**{**own, **values})
 
@@ -137,12 +140,13 @@ def test_generation_of_every_kind_is_that_of_the_mask(kind, make):
         assert torch.equal(got, want), way
 
 
-def test_a_later_question_of_any_length_where_rules_do_not_grow(make):
-    """S2's rule is of places alone; MoA's spans grow with the text, so it may ask for what went."""
+@pytest.mark.parametrize("kind", ["s2_attention", "streaming_llm"])
+def test_a_later_question_of_any_length_where_rules_do_not_grow(kind, make):
+    """These rules are of places alone; MoA's spans grow with the text: it may ask for what went."""
     model, text, question = tiny_model("llama"), ids(length=90), ids(length=30, seed=1)
     found = {}
     for evict in (True, False):
-        with make("s2_attention", evict=evict).apply(model, text):
+        with make(kind, evict=evict).apply(model, text):
             cache = DynamicCache(config=model.config)
             logits(model, cache, text, 70)
             twin = copy.deepcopy(cache)
