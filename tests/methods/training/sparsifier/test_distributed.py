@@ -76,11 +76,11 @@ def replicated(net):
     return DistributedDataParallel(net)
 
 
-def sharded(net, **options):
+def sharded(net, mesh=None, **options):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    mesh = init_device_mesh("cpu", (2,))
+    mesh = mesh or init_device_mesh("cpu", (2,))
     for module in (net.first, net.second, net):
         fully_shard(module, mesh=mesh, **options)
     return net
@@ -193,6 +193,26 @@ def check_precision(key, rank):
     outcome(sparsifier)
 
 
+def check_meshes(key, rank, masks):
+    """Copies of shards (HSDP), and shards of inputs where sides divide, give the same masks."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard
+
+    def inputs(parameter):
+        return Shard(1 if parameter.dim() == 2 else 0)
+
+    for options in (
+        {"mesh": init_device_mesh("cpu", (2, 1), mesh_dim_names=("copies", "shards"))},
+        {"shard_placement_fn": inputs},
+    ):
+        model = sharded(Net(), **options)
+        trains, sparsifier = begin(key, model, rank, 2)
+        train(key, model, trains, sparsifier, range(6), rank, 2)
+        found, _ = outcome(sparsifier)
+        for layer, mask in masks.items():
+            assert torch.equal(mask, found[layer]), (key, layer, options)
+
+
 def check_refusals(rank, folder):
     from torch.distributed.fsdp import FullyShardedDataParallel
 
@@ -288,6 +308,8 @@ def worker(rank, folder):
             found[name, key] = (masks, weights, ends, work.report().sparsity)
     for key in ("rigl", "sr_ste", "cast"):
         check_precision(key, rank)
+    for key in ("gmp", "sr_ste"):
+        check_meshes(key, rank, found["fsdp2", key][0])
     check_refusals(rank, folder)
     check_saving(rank, folder)
     if rank == 0:

@@ -110,7 +110,8 @@ class SparselyTrained(Applied):
 
         The whole model passes through the main memory of rank 0.
         """
-        if not any(map(is_sharded, self.model.parameters())):
+        shards = [p for p in self.model.parameters() if is_sharded(p)]
+        if not shards:
             return super().save(folder, tokenizer)
         failed: Exception | None = None
         self._whole = gathered(self.model)
@@ -122,7 +123,7 @@ class SparselyTrained(Applied):
         finally:
             self._whole = None
         # Nobody goes on before the files are there, or without knowing that they are not.
-        if not everywhere(failed is None, here(next(self.model.parameters())).device):
+        if not everywhere(failed is None, Layout("", shards[0]).working):
             raise failed or GossamerError("rank 0 could not save; its message says why")
         return Path(folder)
 
