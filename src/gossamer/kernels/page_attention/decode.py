@@ -125,7 +125,7 @@ def choose(score: Tensor, keep: int) -> Tensor:
         *(score, out, pages, keep),
         PP=padded,
         EARLY=_early(score.device),
-        num_warps=min(32, max(4, padded // 128)),
+        num_warps=8,
         **_launch(score.device),
     )
     return out

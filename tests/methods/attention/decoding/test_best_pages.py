@@ -85,6 +85,7 @@ def test_quest_chooses_the_pages_that_lists_of_a_padded_batch_hold(past, amount)
     assert torch.equal(both.mask()[1, ..., 5:], alone.mask()[0])
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("scorer", ["minmax", "meanstd"])
 @pytest.mark.parametrize("past", [777, 4095, 4096])

@@ -41,7 +41,7 @@ def _layouts() -> list[Layout]:
 def test_last_queries(layout, kernels) -> None:
     call = make(2, layout.queries, layout.keys, softcap=3.0)
     expected = last_mass(call, layout, 8)
-    method = FlexPrefill(gamma=0.6, block_size=4, budget_tokens=4)
+    method = FlexPrefill(gamma=0.63, block_size=4, budget_tokens=4)
     before = method.plan(torch.nn.Module(), None, 40).select(call, layout, 0)
     asked = kernels()
     for one, two in zip(last_mass(call, layout, 8), expected, strict=True):
@@ -86,7 +86,7 @@ def test_block_lists_of_plain_calls(layout, kernels) -> None:
 
     def indexes() -> list[BlockIndex]:
         found = [Online(call, layout, 4, 6, 2, 3).index(heads) for heads in here]
-        method = FlexPrefill(gamma=0.6, block_size=4, budget_tokens=4)
+        method = FlexPrefill(gamma=0.63, block_size=4, budget_tokens=4)
         for tau in (0.0, 0.1, 1.0):
             selector = method.plan(torch.nn.Module(), None, 40)
             object.__setattr__(selector, "tau", tau)
