@@ -12,63 +12,9 @@ from gossamer.core import GossamerError, unpack_bits
 from gossamer.methods.training.imp import IMP
 from gossamer.methods.training.tickets.rounds import find_ticket
 from gossamer.models import at_work
+from tests.methods.training.tickets.loops import STEPS, Loop, batch, net
 from tests.models.subjects import random_tokens
 from tests.models.tiny import tiny_model
-
-STEPS = 10
-
-
-def net(seed=0):
-    torch.manual_seed(seed)
-    return nn.Sequential(
-        nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.3), nn.Linear(16, 4)
-    )
-
-
-def batch(step):
-    generator = torch.Generator().manual_seed(step)
-    return (
-        torch.randn(8, 8, generator=generator),
-        torch.randint(0, 4, (8,), generator=generator),
-    )
-
-
-class Loop:
-    """A loop with momentum, dropout and a scheduler, that remembers what it saw."""
-
-    def __init__(self, method, stop=None, optimizer=None):
-        self.method, self.stop = method, stop
-        self.begins, self.masks, self.rates, self.ends = [], [], [], []
-        self.make = optimizer or (
-            lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=1e-3)
-        )
-
-    def __call__(self, model, attach):
-        if attach.round == self.stop:
-            raise KeyboardInterrupt
-        torch.manual_seed(7)
-        trains = self.make(model.parameters())
-        schedule = torch.optim.lr_scheduler.StepLR(trains, 3, 0.5)
-        sparsifier = attach(model, trains, scheduler=schedule)
-        assert sparsifier.updates == attach.start
-        self.begins.append(copy.deepcopy((model.state_dict(), trains.state_dict())))
-        rates = []
-        for step in range(attach.start, self.method.steps):
-            rates.append(trains.param_groups[0]["lr"])
-            x, y = batch(step)
-            loss = cross_entropy(model(x), y)
-            loss.backward()
-            trains.step()
-            sparsifier.step()
-            schedule.step()
-            trains.zero_grad()
-            for one in sparsifier.held.values():
-                for tensor in one.tensors(trains):
-                    assert not tensor.detach()[~one.mask].any()
-        self.rates.append(rates)
-        self.masks.append({path: one.mask.clone() for path, one in sparsifier.held.items()})
-        self.ends.append(copy.deepcopy(model.state_dict()))
-        return float(loss.detach())
 
 
 def test_rounds_prune_the_smallest_survivors_of_all_layers():
@@ -189,106 +135,6 @@ def test_a_ticket_trains_again_and_restores(tmp_path):
     assert not at_work(model)
 
 
-class TestResuming:
-    def test_a_killed_search_goes_on_with_the_round(self, tmp_path):
-        method = IMP(sparsity=0.6, prune=0.25, steps=STEPS, rewind=0.2)
-        whole = net()
-        straight = find_ticket(method, whole, Loop(method))
-
-        model = net()
-        start = copy.deepcopy(model.state_dict())
-        with pytest.raises(KeyboardInterrupt):
-            find_ticket(method, model, Loop(method, stop=3), folder=tmp_path)
-        assert all(torch.equal(v, start[k]) for k, v in model.state_dict().items())
-        assert not model[0].weight._backward_hooks
-        assert [p.name for p in tmp_path.iterdir()] == ["gossamer_rounds.safetensors"]
-
-        again = net(seed=5)
-        rest = Loop(method)
-        work = find_ticket(method, again, rest, folder=tmp_path)
-        assert len(rest.begins) == 2
-        for a, b in zip(whole.state_dict().values(), again.state_dict().values(), strict=True):
-            assert torch.equal(a, b)
-        assert work.rounds == straight.rounds
-        assert work.flops.to_dict() == straight.flops.to_dict()
-        assert work.report().warnings == straight.report().warnings
-
-    def test_apply_resumes(self, tmp_path):
-        method = IMP(sparsity=0.75, prune=0.5, steps=4, rewind=0.25, batch_size=2)
-        whole = tiny_model("llama")
-        method.apply(whole, random_tokens())
-
-        def interrupts(done, total, what):
-            if "round 2" in what:
-                raise KeyboardInterrupt
-
-        model = tiny_model("llama")
-        with pytest.raises(KeyboardInterrupt):
-            method.apply(model, random_tokens(), progress=interrupts, folder=tmp_path)
-        fresh = tiny_model("llama")
-        assert all(
-            torch.equal(a, b) for a, b in zip(model.parameters(), fresh.parameters(), strict=True)
-        )
-        done = []
-        work = method.apply(
-            model, random_tokens(), folder=tmp_path, progress=lambda *a: done.append(a[0])
-        )
-        assert done == [8, 9, 10]
-        for a, b in zip(model.parameters(), whole.parameters(), strict=True):
-            assert torch.equal(a, b)
-        assert len(work.rounds) == 3
-
-    def test_in_the_middle_of_a_round(self):
-        method = IMP(sparsity=0.5, prune=0.5, steps=STEPS, rewind=0.2)
-        ends = []
-        for cut in (None, 1, 2, 6):
-            model = net()
-            model[3].p = 0.0
-            state = None
-            for _ in range(2):
-                trains = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-                sparsifier = method.attach(model, trains, state=state)
-                for step in range(sparsifier.updates, STEPS):
-                    x, y = batch(step)
-                    cross_entropy(model(x), y).backward()
-                    trains.step()
-                    sparsifier.step()
-                    trains.zero_grad()
-                    if sparsifier.updates == cut:
-                        kept = copy.deepcopy((model.state_dict(), trains.state_dict()))
-                        middle = copy.deepcopy(sparsifier.state_dict())
-                        sparsifier.remove()
-                        model = net(seed=9)
-                        model[3].p = 0.0
-                        trains = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-                        model.load_state_dict(kept[0])
-                        trains.load_state_dict(kept[1])
-                        sparsifier = method.attach(model, trains, state=middle)
-                if sparsifier.round == 0:
-                    state = sparsifier.next_round()
-            ends.append(model.state_dict())
-        for other in ends[1:]:
-            assert all(torch.equal(v, other[k]) for k, v in ends[0].items())
-
-    def test_what_does_not_fit_is_refused(self, tmp_path):
-        method = IMP(sparsity=0.75, prune=0.5, steps=STEPS, rewind=0.2)
-        with pytest.raises(KeyboardInterrupt):
-            find_ticket(method, net(), Loop(method, stop=1), folder=tmp_path)
-        other = IMP(sparsity=0.75, prune=0.5, steps=STEPS, rewind=0.3)
-        with pytest.raises(GossamerError, match="another search .rewind differs"):
-            find_ticket(other, net(), Loop(other), folder=tmp_path)
-        with pytest.raises(GossamerError, match="layers 0.weight"):
-            find_ticket(
-                method, nn.ModuleDict({"a": nn.Linear(8, 4)}), Loop(method), folder=tmp_path
-            )
-        wide = nn.Sequential(nn.Linear(8, 20), *list(net())[1:4], nn.Linear(20, 4))
-        with pytest.raises(GossamerError, match="packed mask|go on with the model"):
-            find_ticket(method, wide, Loop(method), folder=tmp_path)
-        (tmp_path / "gossamer_rounds.safetensors").write_bytes(b"nothing")
-        with pytest.raises(GossamerError, match="holds no rounds of training"):
-            find_ticket(method, net(), Loop(method), folder=tmp_path)
-
-
 def test_masters_are_rewound_with_the_weights():
     method = IMP(sparsity=0.5, prune=0.5, steps=6, rewind=0.5)
     torch.manual_seed(0)
@@ -362,25 +208,6 @@ class TestBadInput:
         }
         assert any("4 would be emptied" in text for text in work.report().warnings)
 
-    def test_a_loop_that_does_not_attach_or_stops_early_or_twice(self):
-        method = IMP(sparsity=0.5, prune=0.5, steps=STEPS)
-
-        def short(model, attach):
-            attach(model, torch.optim.SGD(model.parameters(), lr=0.1))
-
-        def twice(model, attach):
-            short(model, attach)
-            short(model, attach)
-
-        with pytest.raises(GossamerError, match="train did not attach"):
-            find_ticket(method, net(), lambda model, attach: None)
-        with pytest.raises(GossamerError, match="ended at update 0, the training lasts 10"):
-            find_ticket(method, net(), short)
-        model = net()
-        with pytest.raises(GossamerError, match="attached twice"):
-            find_ticket(method, model, twice)
-        assert not model[0].weight._backward_hooks
-
     def test_by_hand(self):
         method = IMP(sparsity=0.5, prune=0.5, steps=2)
         model = net()
@@ -389,14 +216,6 @@ class TestBadInput:
             sparsifier.next_round()
         warnings = sparsifier.finish().report().warnings
         assert any("ended after round 0 of 1" in text for text in warnings)
-
-    def test_another_optimizer_in_a_later_round(self):
-        method = IMP(sparsity=0.5, prune=0.5, steps=STEPS)
-        loop = Loop(method)
-        makers = iter([loop.make, lambda p: torch.optim.SGD([{"params": [q]} for q in p], lr=0.1)])
-        loop.make = lambda p: next(makers)(p)
-        with pytest.raises(GossamerError, match="the optimizer is not the first round's"):
-            find_ticket(method, net(), loop)
 
 
 def test_the_ticket_is_what_was_trained():

@@ -33,12 +33,14 @@ def write_rounds(values: Mapping[str, Any], path: str | Path) -> None:
     part = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, str(part), metadata={"rounds": text})
-        os.replace(part, path)
-    except OSError as error:
-        raise GossamerError(f"cannot write to {path.parent}: {error.strerror}") from None
-    finally:
-        part.unlink(missing_ok=True)
+        try:
+            save_file(tensors, str(part), metadata={"rounds": text})
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise GossamerError(f"cannot write to {path.parent}: {reason}") from None
 
 
 def read_rounds(path: str | Path) -> dict[str, Any]:
