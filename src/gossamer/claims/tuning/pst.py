@@ -10,6 +10,7 @@ from torch.nn.functional import pad
 
 from gossamer.claims.base import Claim, Figures, Verdict, mean
 from gossamer.claims.lm import calibration, heldout, here, nano
+from gossamer.claims.threads import one_thread
 from gossamer.claims.tuning.baselines import MaskedLoRA
 from gossamer.evaluate import score
 from gossamer.methods.tuning.base import Tuning
@@ -55,6 +56,7 @@ def _tuned(method: Tuning, model: Any, train: Inputs, test: Inputs) -> Figures:
     return {"loss": loss, "share": 100 * work.share, "change": change}
 
 
+@one_thread()
 def _run(seed: int) -> Figures:
     model = templates.load()
     train, test = _arguments(512, seed), _arguments(128, 10_000)
