@@ -88,6 +88,9 @@ class SparseTraining(Method):
     keeper: ClassVar[type[Sparsifier]] = Sparsifier
     """What keeps a model sparse while it trains."""
 
+    takes_shards: ClassVar[bool] = True
+    """Whether a model sharded by ``fully_shard`` can be trained."""
+
     sparsity: float | None = None
     pattern: Pattern = Unstructured(per="layer")
     allocation: Allocation = "erk"

@@ -58,6 +58,7 @@ class IMP(SparseTraining):
 
     patterns: ClassVar[tuple[str, ...]] = ("model", "layer", "row", "block")
     keeper: ClassVar[type[Sparsifier]] = Rewinding
+    takes_shards: ClassVar[bool] = False
     card: ClassVar[Card] = Card(
         title="The Lottery Ticket Hypothesis: Finding Sparse, Trainable Neural Networks",
         year=2018,

@@ -68,6 +68,7 @@ class RandomSearch(SparseTraining):
     layers; the loss is that of the training, in evaluation mode.
     """
 
+    takes_shards: ClassVar[bool] = False
     card: ClassVar[Card] = Card(
         title="Random Search as a Baseline for Sparse Neural Network Architecture Search",
         year=2024,

@@ -44,7 +44,7 @@ class SNIP(AtStart):
         kernel="masked dense",
     )
 
-    takes_shards: ClassVar[bool] = True
+    scores_shards: ClassVar[bool] = True
 
     def scores(
         self, model: nn.Module, layers: tuple[Layer, ...], loss: StartLoss | None

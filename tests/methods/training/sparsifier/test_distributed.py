@@ -26,7 +26,9 @@ from gossamer.methods.training.gmp import GMP
 from gossamer.methods.training.gradient_flow import GradientFlow
 from gossamer.methods.training.granet import GraNet
 from gossamer.methods.training.grasp import GraSP
+from gossamer.methods.training.imp import IMP
 from gossamer.methods.training.random_pruning import RandomPruning
+from gossamer.methods.training.random_search import RandomSearch
 from gossamer.methods.training.rigl import RigL
 from gossamer.methods.training.set import SET
 from gossamer.methods.training.snip import SNIP
@@ -223,6 +225,9 @@ def check_refusals(rank, folder):
     trains = torch.optim.AdamW(net.parameters())
     with pytest.raises(GossamerError, match="cannot be copied; attach with teacher="):
         METHODS["cast"].attach(net, trains)
+    for method in (IMP(sparsity=0.5, steps=4), RandomSearch(sparsity=0.5, steps=4)):
+        with pytest.raises(GossamerError, match="whole weights, and these are sharded"):
+            method.attach(net, trains)
     x, y = batch(99, rank, 2)
     method = GraSP(sparsity=0.5, steps=2)
 

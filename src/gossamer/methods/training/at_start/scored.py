@@ -38,7 +38,7 @@ class AtStart(SparseTraining):
     pattern: Pattern = Unstructured(per="model")
     invert: bool = False
 
-    takes_shards: ClassVar[bool] = False
+    scores_shards: ClassVar[bool] = False
     """Whether a model sharded by ``fully_shard`` can be scored."""
 
     @abstractmethod
@@ -67,7 +67,7 @@ class AtStart(SparseTraining):
     ) -> dict[str, Tensor]:
         """The scores, or their negatives if inverted."""
         stacked = any(layer.expert is not None for layer in layers)
-        if shards_itself(model) and (stacked or not self.takes_shards):
+        if shards_itself(model) and (stacked or not self.scores_shards):
             raise GossamerError(
                 f"{self.key()} does not score {'experts in ' if stacked else ''}parameters sharded "
                 "by fully_shard; attach before sharding, keep its state_dict(), and attach again "

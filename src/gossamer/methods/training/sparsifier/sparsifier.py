@@ -18,6 +18,7 @@ from gossamer.methods.training.sparsifier.layers import Layer, Quota, other_weig
 from gossamer.methods.training.sparsifier.layout import (
     here,
     reshard,
+    shards_itself,
     size_of,
 )
 from gossamer.methods.training.sparsifier.masks import (
@@ -67,6 +68,11 @@ class Sparsifier:
         self.method = method
         self.model = plain_module(model)
         reshard(self.model)
+        if not method.takes_shards and shards_itself(self.model):
+            raise GossamerError(
+                f"{method.key()} reads and writes whole weights, and these are sharded; replicate "
+                "the model with DistributedDataParallel"
+            )
         self.optimizer = plain_optimizer(optimizer)
         self.layers: tuple[Layer, ...] = method.layers_of(self.model)
         self.updates = 0
@@ -172,8 +178,7 @@ class Sparsifier:
             return
         assert self._change is not None
         for path, one in self.held.items():
-            gradient = one.gradient
-            if gradient is None:
+            if (gradient := one.gradient) is None:
                 raise GossamerError(
                     f"{path} has no gradient at update {self.updates + 1}, where masks grow by "
                     "gradient; run backward before optimizer.step(), or skip the layer"
