@@ -8,18 +8,14 @@ from gossamer.claims.attention.recall_lm import one_thread
 from gossamer.claims.attention.retrieval import STRETCH, ask, run_stack, stack
 from gossamer.claims.base import Claim, Figures, Verdict
 from gossamer.methods.attention.decoding.choose import Amount
-from gossamer.methods.attention.decoding.profile import (
-    Costs,
-    Profiler,
-    anchor_cost,
-    best_anchors,
-)
+from gossamer.methods.attention.decoding.profile import Profiler, anchor_cost, best_anchors
 from gossamer.methods.attention.decoding.reuse import ReuseSelector
+from gossamer.methods.attention.hylra import HyLRA
 
 __all__ = ["CLAIMS"]
 
 GROUPS = (1, 3, 1, 3)
-COSTS = Costs(full=1.0, sparse=STRETCH / 1024, unlike=1.0, tolerance=0.1, overlap=0.3)
+COSTS = HyLRA(budget_tokens=STRETCH).costs(1024)
 TABLES = 8
 """Random tables that the programme's must beat on average."""
 

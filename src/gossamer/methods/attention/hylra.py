@@ -34,20 +34,23 @@ class HyLRA(AttentionMethod):
     tolerance : a layer may reuse only if 1 - cosine between its output over its own best keys and
         over all keys is at most this on average, >= 0.
     overlap : a layer may reuse only if at least this share of its own best keys is among its
-        anchor's, on average, 0 to 1.
-    unlike : price of a key that is not among them, against 1 for a layer that reads all keys and
-        the share of keys read for one that reuses, >= 0.
+        anchor's, on average and beyond chance: 0 as keys drawn by lot, 1 the same keys.
+    unlike : price of disagreeing wholly, against 1 for a layer that reads all keys and the share
+        of keys read for one that reuses, >= 0.
     prompts : sequences of the data that are looked at. queries : last queries of each.
     local : latest keys read in any case, the query's own among them, >= 1.
 
     Notes
     -----
     ``apply`` needs data of about the length that will be used: which layers agree drifts with it.
-    Layer 0 always reads all keys. :class:`TidalDecode` is the special case of two fixed anchors.
+    Layer 0 always reads all keys. Whoever agrees with nobody does too, at any sparsity, so the
+    pairs read may be far more than asked for, up to all: the report says how many.
+    :class:`TidalDecode` is the special case of two fixed anchors.
 
     Departs from the paper: only the abstract was at hand, so the measure of sensitivity, the
-    thresholds and the programme's costs are a reconstruction; prompts stay full, only decoding is
-    sparse; the heads that share keys choose together by their mean probability.
+    agreement beyond chance (half of the keys always hold half of any others), the thresholds and
+    the programme's costs are a reconstruction; prompts stay full, only decoding is sparse; the
+    heads that share keys choose together by their mean probability.
     """
 
     card: ClassVar = Card(
@@ -65,13 +68,13 @@ class HyLRA(AttentionMethod):
         budget="number of keys, or sparsity over visible keys; layers by dynamic programming",
         schedule="layers once before, keys at every decoded token",
         kernel="key gather, fused attention",
-        departs="reconstructed from the abstract: measures, thresholds and costs are ours; prompts "
-        "stay full; heads of a group choose together",
+        departs="reconstructed from the abstract: measures (agreement beyond chance), thresholds "
+        "and costs are ours; prompts stay full; heads of a group choose together",
     )
     phases: ClassVar = frozenset({"decode"})
     subject: ClassVar = "decoding language model"
     full: ClassVar = {"sparsity": 0.0}
-    example: ClassVar = {"tolerance": 2.0, "overlap": 0.0}
+    example: ClassVar = {"tolerance": 2.0, "overlap": 0.0, "unlike": 0.0}
     exempt: ClassVar = {
         "exact sparsity": "layers that choose read all keys",
         "encoders": "the family works on causal decoders",
@@ -82,7 +85,7 @@ class HyLRA(AttentionMethod):
     sparsity: float | None = None
     budget_tokens: int | None = None
     tolerance: float = 0.1
-    overlap: float = 0.5
+    overlap: float = 0.3
     unlike: float = 1.0
     prompts: int = 4
     queries: int = 32

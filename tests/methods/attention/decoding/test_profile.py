@@ -73,6 +73,28 @@ def test_what_is_measured():
     assert everything.found.sensitivity[0] == pytest.approx(0.0, abs=1e-6)
 
 
+def test_agreement_counts_beyond_chance():
+    def call(order):
+        key = torch.zeros(1, 1, 8, 8)
+        key[0, 0, order, torch.arange(8)] = 1.0
+        query = torch.arange(8.0, 0.0, -1.0).view(1, 1, 1, 8)
+        return Call(query, key, key)
+
+    # Of 8 keys 4 are kept: 3 of them shared is 0.75, of which chance gives 0.5; then 1, then all.
+    orders = ([0, 1, 2, 3, 4, 5, 6, 7], [0, 1, 2, 4, 3, 5, 6, 7], [0, 5, 6, 7, 4, 1, 2, 3])
+    profiler, layout = Profiler(Amount(0.5, None), 1), Layout(1, 1, 8, query_offset=7)
+    for layer, order in enumerate(orders):
+        profiler.visit(call(torch.tensor(order)), layout, layer)
+    like = profiler.found.similarity
+    assert like[0, 1] == pytest.approx(0.5)
+    assert like[0, 2] == 0.0
+    assert like.diagonal().tolist() == [1.0, 1.0, 1.0]
+    whole = Profiler(Amount(0.0, None), 1)
+    for layer, order in enumerate(orders):
+        whole.visit(call(torch.tensor(order)), layout, layer)
+    assert torch.equal(whole.found.similarity, torch.ones(3, 3).triu())
+
+
 def test_a_model_is_left_as_it_was_and_padding_is_not_looked_at():
     model = tiny_model("llama")
     ids = random_tokens().input_ids[:2]

@@ -29,7 +29,8 @@ class Profile:
     Parameters
     ----------
     sensitivity : (L,), 1 - cosine of a layer's output over its own best keys and over all.
-    similarity : (L, L), entry (a, l) for a <= l: share of layer l's best keys among layer a's.
+    similarity : (L, L), entry (a, l) for a <= l: share of layer l's best keys among layer a's,
+        beyond chance: 1 for the same keys, 0 for as many as keys drawn by lot would share.
     """
 
     sensitivity: Tensor
@@ -45,7 +46,7 @@ class Costs:
     full, sparse : of a layer that reads all keys, and of one that reads its anchor's.
     unlike : times 1 - similarity, for every layer that reads its anchor's.
     tolerance : largest sensitivity of a layer that may read few keys.
-    overlap : least similarity to its anchor.
+    overlap : least similarity to its anchor, beyond chance.
     """
 
     full: float = 1.0
@@ -122,8 +123,8 @@ class Profiler:
         self._chosen[layer] = kept
         for anchor, theirs in self._chosen.items():
             if theirs.shape == kept.shape:
-                share = (theirs & kept).sum(-1) / kept.sum(-1).clamp_min(1)
-                _note(self._shared.setdefault((anchor, layer), [0.0, 0.0]), share)
+                found = _agreement(theirs, kept, seen)
+                _note(self._shared.setdefault((anchor, layer), [0.0, 0.0]), found)
 
     @property
     def found(self) -> Profile:
@@ -132,7 +133,7 @@ class Profiler:
         away = [self._away[layer][0] / self._away[layer][1] for layer in range(layers)]
         similarity = torch.zeros(layers, layers)
         for (anchor, layer), (total, count) in self._shared.items():
-            similarity[anchor, layer] = total / count
+            similarity[anchor, layer] = max(0.0, total / count)
         return Profile(torch.tensor(away), similarity)
 
 
@@ -182,6 +183,17 @@ def _top(weights: Tensor, seen: Tensor, amount: Amount) -> Tensor:
     rank = torch.arange(top.shape[-1], device=top.device)
     kept = torch.zeros_like(weights, dtype=torch.bool)
     return kept.scatter(3, top, (rank < keep[:, None, :, None]).expand_as(top)) & seen
+
+
+def _agreement(theirs: Tensor, kept: Tensor, seen: Tensor) -> Tensor:
+    """Share of the kept keys that are among theirs, beyond chance, (1, G, n); at most 1.
+
+    Half of the keys drawn by lot hold half of any others: without the correction the same
+    threshold would let every layer reuse any other at a small sparsity, and none at a large one.
+    """
+    share = (theirs & kept).sum(-1) / kept.sum(-1).clamp_min(1)
+    chance = theirs.sum(-1) / seen.sum(-1).clamp_min(1)
+    return torch.where(chance < 1, (share - chance) / (1 - chance), 1.0)
 
 
 def _distance(call: Call, seen: Tensor, kept: Tensor) -> Tensor:

@@ -107,6 +107,8 @@ class ReuseSelector(Selector):
 
     def notes(self) -> tuple[str, ...]:
         full = [layer for layer, anchor in enumerate(self.table) if layer == anchor]
+        if len(full) == len(self.table):
+            return (f"all {len(full)} layers read all keys: none may reuse another's choice",)
         told = ", ".join(str(layer) for layer in full)
         return (
             f"{len(full)} of {len(self.table)} layers read all keys and choose (layers {told}); "
