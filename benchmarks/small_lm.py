@@ -16,7 +16,7 @@ import queue
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +26,16 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 
 import gossamer
+from gossamer.claims.training import letters
 from gossamer.methods.training.base import SparseTraining, Sparsifier
+from gossamer.methods.training.scaling.parameters import count_parameters
 
 __all__ = ["SIZES", "Job", "arguments", "fixed_share", "read", "run_all", "steps_within", "train"]
 
 VOCABULARY = 256
 SIZES = {
     "test": (1, 32),
+    "letters": (1, 96),
     "0.4M": (2, 128),
     "0.9M": (2, 192),
     "1.8M": (4, 192),
@@ -40,7 +43,7 @@ SIZES = {
     "4.7M": (6, 256),
     "7.4M": (6, 320),
 }
-"""Name to (layers, width); heads are 32 wide."""
+"""Name to (layers, width); heads are 32 wide. ``letters`` is the perceptron of the claims."""
 
 
 class Block(nn.Module):
@@ -145,6 +148,8 @@ def fixed_share(size: str) -> tuple[int, float]:
     """Weights of the blocks' matrices, and the head's share of a dense update's operations."""
     layers, width = SIZES[size]
     inside, head = 12 * layers * width**2, VOCABULARY * width
+    if size == "letters":
+        inside, head = 2 * 96 * width, 128 * width
     return inside, head / (inside + head)
 
 
@@ -187,6 +192,8 @@ def train(
     ``options``: ``moments``: weights that grow start with their layer's mean second moment instead
     of none.
     """
+    if job.size == "letters":
+        return train_letters(job)
     began = time.time()
     options = job.options or {}
     layers, width = SIZES[job.size]
@@ -247,6 +254,39 @@ def train(
     }
 
 
+def train_letters(job: Job) -> dict[str, Any]:
+    """Run a job on the perceptron over eight letters of the packaged text, head dense."""
+    began = time.time()
+    net = letters.perceptron(SIZES["letters"][1], job.seed)
+    count = count_parameters(net, skip=letters.HEAD)
+    method = method_of(job)
+    if method is not None:
+        method = replace(method, skip=letters.HEAD)
+    spent, sparsity = float(job.steps), 0.0
+
+    def watch(sparsifier: Sparsifier) -> None:
+        nonlocal spent, sparsity
+        sparsity = sparsifier.sparsity
+        spent = sparsifier.flops.share * job.steps
+
+    loss = letters.loss_after(net, method, job.steps, job.seed, lr=job.lr, watch=watch)
+    average = (spent / job.steps - fixed_share("letters")[1]) / (1 - fixed_share("letters")[1])
+    return {
+        **asdict(job),
+        "loss": loss,
+        "parameters": count.total,
+        "final": count.removable * (1.0 - sparsity) + count.others,
+        # Gradients of all weights, where a method takes them, count here as weights at work.
+        "average": count.removable * average + count.others,
+        "sparsity": sparsity,
+        "tokens": job.steps * letters.BATCH,
+        "dense_updates": spent,
+        "seconds": time.time() - began,
+        "device": "cpu",
+        "torch": torch.__version__,
+    }
+
+
 def masks_of(sparsifier: Sparsifier) -> dict[str, Tensor]:
     """Copies of the masks where the coming update may change them."""
     if not sparsifier.needs_dense_gradient:
@@ -292,6 +332,7 @@ def arguments(description: str, commands: Sequence[str]) -> argparse.ArgumentPar
     parser.add_argument("--seconds", type=float, default=1e9, help="stop after so long")
     parser.add_argument("--scale", type=float, default=1.0, help="multiplies the updates")
     parser.add_argument("--windows", type=int, default=2048, help="held-out windows")
+    parser.add_argument("--long", action="store_true", help="a perceptron trained long; for CPUs")
     parser.add_argument("--tiny", action="store_true", help="one tiny size, to try the script")
     parser.add_argument("--plot", type=Path)
     return parser
@@ -304,7 +345,7 @@ def _worker(slot: int, jobs: Any, done: Any, given: argparse.Namespace, until: f
         torch.cuda.set_device(slot % given.gpus)
         device = f"cuda:{slot % given.gpus}"
         torch.set_float32_matmul_precision("high")
-    texts = bytes_of(given.texts)
+    texts = (np.zeros(0), np.zeros(0)) if given.long else bytes_of(given.texts)
     while time.time() < until:
         try:
             job: Job = jobs.get(timeout=2.0)
@@ -327,7 +368,7 @@ def _worker(slot: int, jobs: Any, done: Any, given: argparse.Namespace, until: f
 
 def run_all(jobs: Sequence[Job], given: argparse.Namespace) -> None:
     """Run the jobs whose results are missing, the first ones first."""
-    if given.texts is None:
+    if given.texts is None and not given.long:
         sys.exit("--texts is missing: name a text file to train on")
     given.out.mkdir(parents=True, exist_ok=True)
     left = [job for job in jobs if not (given.out / f"{job.name}.json").exists()]

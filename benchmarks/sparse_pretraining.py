@@ -9,7 +9,9 @@ updates. ``law``: dense trainings of six sizes (0.4M to 7.4M) and four lengths, 
 four sizes to 50 and 80 %. ``report`` prints the tables of what is there: the law fitted to dense
 runs alone and its error on sparse ones by average, final and initial size; and laws of all runs,
 each measured on runs left out. Results lie as JSON in ``--out``, a file for each training; what is
-there is not computed again. Try it: ``--tiny --scale 0.01 --windows 8``.
+there is not computed again. Try it: ``--tiny --scale 0.01 --windows 8``. ``windows --long`` needs
+no text: seven windows for the claims' perceptron over eight letters (18 thousand weights, head
+dense), 83 letters a weight, minutes of one core.
 """
 
 import argparse
@@ -23,11 +25,14 @@ import gossamer
 from gossamer.core import GossamerError
 from gossamer.methods.training.scaling.law import fit_scaling_law
 from gossamer.report.svg import Frame, svg, tag
-from small_lm import SIZES, Job, arguments, fixed_share, read, run_all
+from small_lm import Job, arguments, fixed_share, read, run_all
 
 BUDGET = 4000
 SIZE = "0.9M"
 SEEDS = (0, 1, 2)
+LAW_SIZES = ("0.4M", "0.9M", "1.8M", "3.1M", "4.7M", "7.4M")
+LONG = 6000
+FEW = ("0-0", "0-0.25", "0-0.5", "0.25-0.75", "0.5-0.5", "0.5-1", "0.75-1")
 WINDOWS = (
     "0-0", "0-0.25", "0-0.5", "0-1", "0.25-0.25", "0.25-0.5", "0.25-0.75", "0.5-0.5", "0.5-0.75",
     "0.5-1", "0.75-1",
@@ -38,33 +43,41 @@ Row = Mapping[str, Any]
 
 def windows(given: argparse.Namespace) -> list[Job]:
     """Equal operations for every window."""
-    size = "test" if given.tiny else SIZE
-    budget = BUDGET * given.scale
+    size = "test" if given.tiny else "letters" if given.long else SIZE
+    budget = (LONG if given.long else BUDGET) * given.scale
+    shared: dict[str, Any] = {"size": size}
+    if given.long:
+        shared["lr"] = 5e-3
+    names = FEW if given.long else WINDOWS
     _, fixed = fixed_share(size)
     jobs: list[Job] = []
     for seed in SEEDS:
-        jobs.append(Job(name=f"window-dense-{seed}", size=size, method="dense", steps=round(budget),
-                        seed=seed))  # fmt: skip
         every = max(1, round(50 * given.scale))
-        variants = [(name, "cubic") for name in WINDOWS] + [("0.25-0.75", "linear")]
-        for window, curve in variants:
+        variants = [("0.25-0.75", "cubic"), *((name, "cubic") for name in names)]
+        variants += [] if given.long else [("0.25-0.75", "linear")]
+        for window, curve in dict.fromkeys(variants):
             text = f"sparse_pretraining:sparsity=0.5:window={window}:curve={curve}:every={every}"
             # Twice: the share of so few updates depends on how many they are.
             steps = round(budget)
             for _ in range(2):
                 steps = round(budget / gossamer.method(text, steps=steps, fixed=fixed).share)
-            jobs.append(Job(name=f"window-{window}-{curve}-{seed}", size=size, method=text,
-                            steps=steps, seed=seed))  # fmt: skip
+            name = f"window-{window}-{curve}-{seed}"
+            jobs.append(Job(name=name, method=text, steps=steps, seed=seed, **shared))
         text = "random_pruning:sparsity=0.5:allocation=uniform"
         steps = round(budget / (fixed + (1 - fixed) * 0.5))
-        jobs.append(Job(name=f"window-random-{seed}", size=size, method=text, steps=steps,
-                        seed=seed))  # fmt: skip
+        jobs.append(
+            Job(name=f"window-random-{seed}", method=text, steps=steps, seed=seed, **shared)
+        )
+        dense = Job(
+            name=f"window-dense-{seed}", method="dense", steps=round(budget), seed=seed, **shared
+        )
+        jobs.append(dense)
     return jobs
 
 
 def law(given: argparse.Namespace) -> list[Job]:
     """Dense runs to fit to, sparse ones to predict; the longest, which end last, come first."""
-    sizes = ["test"] if given.tiny else [name for name in SIZES if name != "test"]
+    sizes = ["test"] if given.tiny else list(LAW_SIZES)
     lengths = [round(n * given.scale) for n in (1500, 3000, 750, 6000)]
     dense = [
         Job(name=f"law-dense-{size}-{steps}", size=size, method="dense", steps=steps)
