@@ -270,7 +270,8 @@ def train_letters(job: Job) -> dict[str, Any]:
         spent = sparsifier.flops.share * job.steps
 
     loss = letters.loss_after(net, method, job.steps, job.seed, lr=job.lr, watch=watch)
-    average = (spent / job.steps - fixed_share("letters")[1]) / (1 - fixed_share("letters")[1])
+    _, fixed = fixed_share("letters")
+    average = (spent / job.steps - fixed) / (1 - fixed)
     return {
         **asdict(job),
         "loss": loss,
