@@ -109,7 +109,7 @@ def show_windows(rows: Sequence[Row]) -> None:
     if not groups:
         return
     first = next(iter(groups.values()))[0]
-    print(f"\n{first['size']} parameters to 50 %, equal operations; loss in nats per byte")
+    print(f"\n{first['size']}: 50 % sparsity, equal operations; loss in nats per byte")
     print(f"{'window':18s} {'loss':>8s} {'sd':>7s} {'seeds':>5s} {'updates':>8s} {'average':>9s} "
           f"{'operations':>10s}")  # fmt: skip
     spread = {}
@@ -118,7 +118,7 @@ def show_windows(rows: Sequence[Row]) -> None:
         spread[name] = (mean(losses), stdev(losses) if len(losses) > 1 else math.nan)
         print(
             f"{name:18s} {spread[name][0]:8.4f} {spread[name][1]:7.4f} {len(runs):5d} "
-            f"{runs[0]['steps']:8d} {mean(r['average'] for r in runs) / 1e6:8.2f}M "
+            f"{runs[0]['steps']:8d} {mean(r['average'] for r in runs) / 1e6:8.3f}M "
             f"{mean(r['dense_updates'] for r in runs):10.0f}"
         )
     ours = "0.25-0.75-cubic"
