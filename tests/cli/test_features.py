@@ -119,7 +119,12 @@ def test_serving_ends_quietly(capsys, place, monkeypatch):
         os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(features.seen, "server", server)
-    assert main(["features", "show", str(place / "sae"), *words(place, "--serve")]) == 0
+    # What runs in a shell's background ignores the signal from birth.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert main(["features", "show", str(place / "sae"), *words(place, "--serve")]) == 0
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert answers[0]["total"] == 50
     out = capsys.readouterr()
     assert out.out == f"features: http://127.0.0.1:{ports[0]}/ (Ctrl-C ends it)\n"
