@@ -288,6 +288,8 @@ def test_ctrl_c_leaves_nothing_half_written(tmp_path):
         stdout=subprocess.PIPE,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
+        # What runs in a shell's background would ignore the signal.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     time.sleep(9)
     child.send_signal(signal.SIGINT)
