@@ -4,8 +4,8 @@ A method says how long and how fast, and may watch the optimizer; order, learnin
 progress, and putting back modes, gradients and random state are decided here.
 """
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from math import isfinite
@@ -18,8 +18,9 @@ from gossamer.core import GossamerError, check_count, unknown
 from gossamer.models.calibrate import Progress
 from gossamer.models.data import Inputs, Tokens
 from gossamer.models.gradient import own_loss
+from gossamer.models.loading import first_line
 
-__all__ = ["FitPlan", "batches", "fit", "in_float32", "undisturbed"]
+__all__ = ["FitPlan", "batches", "fit", "in_float32", "meeting", "undisturbed"]
 
 Loss = Callable[[nn.Module, dict[str, Tensor]], Tensor]
 Watch = Callable[[torch.optim.Optimizer], Callable[[], object]]
@@ -116,6 +117,29 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def meeting(
+    model: nn.Module, batch: Mapping[str, Tensor], which: str = "the first batch"
+) -> Iterator[None]:
+    """Around the first forward pass on some data: what torch says of a mismatch, in one line.
+
+    Raises
+    ------
+    GossamerError
+        With torch's message and the shapes of the batch.
+    """
+    try:
+        yield
+    except (GossamerError, NotImplementedError, torch.OutOfMemoryError):
+        raise
+    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
+        shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in batch.items())
+        raise GossamerError(
+            f"{type(model).__name__} failed on {which}, {shapes}: {first_line(error)}; "
+            "give data of the shapes and classes the model takes"
+        ) from error
+
+
+@contextmanager
 def in_float32(model: nn.Module) -> Iterator[None]:
     """Hold half-precision parameters and buffers in float32, and round them back on exit.
 
@@ -174,9 +198,14 @@ def fit(
     Raises
     ------
     GossamerError
-        If nothing is trainable, the model has no loss on this data, or the loss stops being a
-        number.
+        If nothing is trainable, the data do not fit the model or have nothing to predict, the
+        model has no loss on them, or the loss stops being a number.
     """
+    if loss is own_loss and isinstance(data, Tokens) and int(data.attention_mask.sum(1).max()) < 2:
+        raise GossamerError(
+            "the windows hold one token each, which leaves no next one to predict; give windows of "
+            "at least two tokens"
+        )
     given = model.parameters() if parameters is None else parameters
     chosen = [p for p in given if p.is_floating_point()]
     chosen = [p for p in chosen if parameters is not None or p.requires_grad]
@@ -196,7 +225,8 @@ def fit(
         for step, batch in enumerate(left, done):
             for group in optimizer.param_groups:
                 group["lr"] = plan.rate(step)
-            value = loss(model, batch)
+            with nullcontext() if losses else meeting(model, batch):
+                value = loss(model, batch)
             losses.append(float(value.detach()))
             if not isfinite(losses[-1]):
                 raise GossamerError(

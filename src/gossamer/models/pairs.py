@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.core import GossamerError
+from gossamer.models.fit import meeting
 
 __all__ = ["labelled_pair"]
 
@@ -42,7 +43,8 @@ def labelled_pair(data: Any, model: nn.Module, who: str) -> tuple[Tensor, Tensor
         raise GossamerError("inputs hold NaN or infinity; fill or drop those samples")
     modes = [(module, module.training) for module in model.modules()]
     try:
-        classes = model.eval()(x[:1]).shape[-1]
+        with meeting(model, {"inputs": x[:1]}):
+            classes = model.eval()(x[:1]).shape[-1]
     finally:
         for module, mode in modes:
             module.training = mode

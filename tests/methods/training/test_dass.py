@@ -81,6 +81,7 @@ def test_bad_input():
         ((x, y.float()), "whole numbers"),
         ((x * torch.nan, y), "NaN or infinity"),
         ((x, y + 3), "labels go from 3 to 5; the model has 3 classes"),
+        ((x[:, :4], y), r"failed on the first batch, inputs \(1, 4\)"),
     ]:
         with pytest.raises(GossamerError, match=text):
             method.apply(made(), bad)

@@ -8,7 +8,7 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import isfinite
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
@@ -39,7 +39,7 @@ from gossamer.methods.training.sparsifier.trained import (
     reattached,
 )
 from gossamer.models import Inputs, Progress, Tokens, as_tokens
-from gossamer.models.fit import FitPlan, batches, fit, in_float32
+from gossamer.models.fit import FitPlan, batches, fit, in_float32, meeting
 from gossamer.models.gradient import own_loss
 
 __all__ = [
@@ -90,6 +90,9 @@ class SparseTraining(Method):
 
     takes_shards: ClassVar[bool] = True
     """Whether a model sharded by ``fully_shard`` can be trained."""
+
+    starts_from: ClassVar[Literal["loss", "data"] | None] = None
+    """What ``attach`` cannot do without."""
 
     sparsity: float | None = None
     pattern: Pattern = Unstructured(per="layer")
@@ -170,7 +173,8 @@ class SparseTraining(Method):
 
         def loss(model: nn.Module) -> Tensor:
             device = next(model.parameters()).device
-            return own_loss(model, {name: value.to(device) for name, value in first.items()})
+            with meeting(model, first):
+                return own_loss(model, {name: value.to(device) for name, value in first.items()})
 
         return loss
 

@@ -13,6 +13,7 @@ from gossamer.core import GossamerError
 from gossamer.methods.training.reprogrammed.adapters import Adapter, SoftPrompt
 from gossamer.methods.training.reprogrammed.examples import Examples, is_text
 from gossamer.models.capture import evaluating
+from gossamer.models.fit import meeting
 
 __all__ = ["Host", "call", "find_head", "soft_prompt"]
 
@@ -59,7 +60,7 @@ def find_head(model: nn.Module, examples: Examples) -> str:
     try:
         device = next(model.parameters()).device
         values, _ = next(examples.at(torch.arange(1)).batches(1, device))
-        with evaluating(model):
+        with evaluating(model), meeting(model, values):
             logits = _logits(call(model, values))
     finally:
         for handle in handles:
@@ -109,7 +110,8 @@ class Host:
         """The head's input (B, F) and output (B, S), of the network behind the adapter."""
         self._raw = True
         try:
-            return call(self.model, values)
+            with meeting(self.model, values, "a batch"):
+                return call(self.model, values)
         finally:
             self._raw = False
             self._last = self._features = None
