@@ -3,9 +3,13 @@
 import pytest
 import torch
 from torch import nn
+from transformers import BertConfig, BertForSequenceClassification
 
 from gossamer.core import GossamerError
-from gossamer.models import Inputs
+from gossamer.methods.training.random_search import RandomSearch
+from gossamer.methods.training.rigl import RigL
+from gossamer.methods.training.snip import SNIP
+from gossamer.models import Inputs, Tokens
 from gossamer.models.fit import FitPlan, batches, fit, in_float32
 from tests.models.subjects import random_tokens
 from tests.models.tiny import tiny_model
@@ -141,3 +145,62 @@ def test_divergence_is_said():
         fit(Line(), data, PLAN)
     with pytest.raises(GossamerError, match="no parameter of the model is trainable"):
         fit(Line().requires_grad_(False), line(), PLAN)
+
+
+def test_windows_of_one_token_are_said_to_be_too_short():
+    ids = Tokens.from_ids(torch.full((4, 1), 5))
+    with pytest.raises(GossamerError, match="windows of at least two tokens"):
+        fit(tiny_model("llama"), ids, FitPlan(steps=1, lr=1e-3))
+
+
+def bert():
+    config = BertConfig(
+        vocab_size=128,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        num_labels=3,
+    )
+    return BertForSequenceClassification(config)
+
+
+IDS = random_tokens().input_ids
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (random_tokens(), r"first batch, input_ids \(4, 24\)"),
+        (
+            Inputs({"input_ids": IDS, "labels": torch.full((6,), 7)}),
+            r"input_ids \(4, 24\), labels \(4,\): Target 7 is out of bounds; give data",
+        ),
+    ],
+)
+def test_data_that_do_not_fit_the_model_fail_in_one_line(data, message):
+    with pytest.raises(GossamerError, match=message) as caught:
+        fit(bert(), data, FitPlan(steps=2, lr=1e-3, batch_size=4))
+    assert "BertForSequenceClassification failed on" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert isinstance(caught.value.__cause__, ValueError | IndexError)
+
+
+@pytest.mark.parametrize("method", [SNIP(steps=1), RandomSearch(steps=1), RigL(steps=1)])
+def test_methods_that_look_first_say_the_same(method):
+    data = Inputs({"input_ids": IDS, "labels": torch.full((6,), 7)})
+    with pytest.raises(GossamerError, match="failed on the first batch.*Target 7"):
+        method.apply(bert(), data)
+
+
+def test_later_errors_are_not_taken_for_a_mismatch():
+    calls = []
+
+    def loss(model, batch):
+        calls.append(1)
+        if len(calls) == 2:
+            raise RuntimeError("elsewhere")
+        return model(**batch).loss
+
+    with pytest.raises(RuntimeError, match="^elsewhere$"):
+        fit(Line(), line(), PLAN, loss=loss)

@@ -45,6 +45,7 @@ class GraSP(AtStart):
         kernel="masked dense",
         departs="the temperature of the logits is left to the loss",
     )
+    starts_from: ClassVar = "loss"
 
     def scores(
         self, model: nn.Module, layers: tuple[Layer, ...], loss: StartLoss | None
@@ -54,6 +55,11 @@ class GraSP(AtStart):
         assert isinstance(norm, Tensor)
         if not isfinite(float(norm.detach())):
             raise GossamerError("the gradient's norm is not finite; lower the loss's scale")
+        if not norm.requires_grad:
+            raise GossamerError(
+                "the loss is linear in the weights, so their Hessian is zero; use snip, or a loss "
+                "with curvature such as cross-entropy"
+            )
         hessian = gradients_of(norm, model, layers)
         return {
             layer.name: layer.view(model.get_parameter(layer.parameter).detach()).float()

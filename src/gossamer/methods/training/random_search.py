@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from gossamer.core import Card, GossamerError, Unstructured, check_count, topk_mask, unknown
 from gossamer.core.scores import uniform_random
-from gossamer.methods.training.at_start.scored import needed
+from gossamer.methods.training.at_start.scored import needed, untouched
 from gossamer.methods.training.base import (
     Allocation,
     Change,
@@ -34,7 +34,7 @@ from gossamer.methods.training.search.units import (
 )
 from gossamer.methods.training.sparsifier.layers import Layer, Quota
 from gossamer.models import Inputs, Tokens
-from gossamer.models.fit import batches
+from gossamer.models.fit import batches, meeting
 from gossamer.models.gradient import own_loss
 
 __all__ = ["RandomSearch"]
@@ -69,6 +69,7 @@ class RandomSearch(SparseTraining):
     """
 
     takes_shards: ClassVar[bool] = False
+    starts_from: ClassVar = "loss"
     card: ClassVar[Card] = Card(
         title="Random Search as a Baseline for Sparse Neural Network Architecture Search",
         year=2024,
@@ -150,10 +151,11 @@ class RandomSearch(SparseTraining):
 
         def loss(model: nn.Module) -> Tensor:
             device = next(model.parameters()).device
-            losses = [
-                own_loss(model, {name: value.to(device) for name, value in batch.items()})
-                for batch in first
-            ]
+            with meeting(model, first[0]):
+                losses = [
+                    own_loss(model, {name: value.to(device) for name, value in batch.items()})
+                    for batch in first
+                ]
             return torch.stack(losses).mean()
 
         return loss
@@ -182,6 +184,10 @@ class RandomSearch(SparseTraining):
         found = best_of(
             self.draws, masks, model, measured, trial_steps=self.trial_steps, lr=self.trial_lr
         )
+        if self.draws > 1 and len(set(found.losses)) == 1:
+            # Every draw the same: refuses a loss that no weight changes.
+            with untouched(model), torch.enable_grad():
+                measured(model)
         best = draw(found.best)
         return {name: mask.float() for name, mask in best.items()}, found
 

@@ -45,6 +45,7 @@ class SNIP(AtStart):
     )
 
     scores_shards: ClassVar[bool] = True
+    starts_from: ClassVar = "loss"
 
     def scores(
         self, model: nn.Module, layers: tuple[Layer, ...], loss: StartLoss | None

@@ -3,17 +3,18 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from gossamer.core import Budget, Card, GossamerError, Unstructured, check_count, kept_count
-from gossamer.methods.training.at_start.scored import AtStart, gradients_of
+from gossamer.methods.training.at_start.scored import AtStart, gradients_of, needed
 from gossamer.methods.training.base import StartLoss
 from gossamer.methods.training.sparsifier.layers import Layer
-from gossamer.models import Inputs, Tokens
+from gossamer.models import Inputs, Tokens, context_length
 from gossamer.models.fit import batches
+from gossamer.models.loading import first_line
 
 __all__ = ["SynFlow"]
 
@@ -26,7 +27,7 @@ class SynFlow(AtStart):
     sum of the outputs for an input of ones; a weight scores |w · ∂R/∂w|. Round i of n keeps the
     density ρ^(i/n), so layers lose weights in step with their flow. ``attach`` takes as ``loss`` a
     function of the model that gives R where the model's input is no vector of its first layer's
-    width; ``apply`` feeds a language model embeddings of ones.
+    width; a language model is fed embeddings of ones.
 
     Parameters
     ----------
@@ -71,20 +72,18 @@ class SynFlow(AtStart):
             given: dict[str, Tensor] = {}
             for name, value in first.items():
                 if name == "input_ids":
-                    width = model.get_input_embeddings().weight.shape[1]  # type: ignore[operator]
-                    given["inputs_embeds"] = torch.ones(1, value.shape[1], width)
+                    given["inputs_embeds"] = _ones_for(model, value.shape[1])
                 elif value.is_floating_point():
                     given[name] = torch.ones_like(value[:1])
             like = next(p for p in model.parameters() if p.is_floating_point())
-            found = model(**{name: value.to(like) for name, value in given.items()})
-            return found.logits.sum()
+            return _flow(model, **{name: value.to(like) for name, value in given.items()})
 
         return flow
 
     def scores(
         self, model: nn.Module, layers: tuple[Layer, ...], loss: StartLoss | None
     ) -> dict[str, Tensor]:
-        flow = loss or _flow_of_ones(layers)
+        flow = _flow_of_ones(layers) if loss is None else needed(self, loss)
         total = sum(layer.size for layer in layers)
         found: dict[str, Tensor] = {}
         # The grouped product of stacked experts has no form in float64.
@@ -117,15 +116,49 @@ class SynFlow(AtStart):
 
 def _flow_of_ones(layers: tuple[Layer, ...]) -> StartLoss:
     def flow(model: nn.Module) -> Tensor:
+        weight = model.get_parameter(layers[0].parameter)
+        if _reads_tokens(model):
+            length = min(8, context_length(model) or 8)
+            return _flow(model, inputs_embeds=_ones_for(model, length).to(weight))
         if len(layers[0].shape) != 2:
             raise GossamerError(
                 "the flow through a convolution needs the size of its input; attach with loss=, "
                 "such as lambda net: net(torch.ones(1, 3, 32, 32, dtype=torch.float64)).sum()"
             )
-        weight = model.get_parameter(layers[0].parameter)
-        return model(torch.ones(1, layers[0].shape[1], dtype=weight.dtype).to(weight)).sum()
+        return _flow(model, torch.ones(1, layers[0].shape[1]).to(weight))
 
     return flow
+
+
+def _reads_tokens(model: nn.Module) -> bool:
+    """Whether a model takes embeddings in the place of token ids."""
+    try:
+        return isinstance(cast("Any", model).get_input_embeddings(), nn.Embedding)
+    except (AttributeError, NotImplementedError):
+        return False
+
+
+def _ones_for(model: Any, length: int) -> Tensor:
+    return torch.ones(1, length, model.get_input_embeddings().weight.shape[1])
+
+
+def _flow(model: nn.Module, *given: Tensor, **named: Tensor) -> Tensor:
+    """The sum of a model's outputs."""
+    try:
+        output = model(*given, **named)
+    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise GossamerError(
+            f"{type(model).__name__} takes no input of ones ({first_line(error)}); attach with "
+            "loss=, a function of the model to the sum of its outputs for an input of ones"
+        ) from error
+    for name in ("logits", "last_hidden_state"):
+        output = getattr(output, name, output)
+    if not isinstance(output, Tensor):
+        raise GossamerError(
+            f"{type(model).__name__} gives a {type(output).__name__} without logits; attach with "
+            "loss=, a function of the model to the sum of its outputs for an input of ones"
+        )
+    return output.sum()
 
 
 @contextmanager

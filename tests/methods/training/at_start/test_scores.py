@@ -6,14 +6,20 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
+from transformers import BertConfig, BertModel
+from transformers.utils import ModelOutput
 
 from gossamer.core import GossamerError, unpack_bits
 from gossamer.methods.training.at_start.sanity import CHECKS, sanity_checks, shuffled
 from gossamer.methods.training.grasp import GraSP
 from gossamer.methods.training.random_pruning import RandomPruning
+from gossamer.methods.training.random_search import RandomSearch
 from gossamer.methods.training.snip import SNIP
 from gossamer.methods.training.sparsifier.layers import find_layers
 from gossamer.methods.training.synflow import SynFlow
+from gossamer.models import Tokens
+from tests.models.subjects import random_tokens
+from tests.models.tiny import tiny_model
 
 
 def net(seed=0):
@@ -186,3 +192,69 @@ def test_the_checks_train_four_networks_that_differ_as_they_should():
     assert found.sum() == moved.sum() == inverse.sum()
     assert not torch.equal(found, moved)
     assert not torch.equal(found, inverse)
+
+
+@pytest.mark.parametrize("method", [SNIP(steps=5), GraSP(steps=5), RandomSearch(steps=5)])
+@pytest.mark.parametrize(
+    ("wrong", "got"),
+    [
+        (lambda m: m(torch.ones(3, 6)), r"torch.float32 of shape \(3, 4\)"),
+        (lambda m: torch.tensor(1.0), "a constant"),
+        (lambda m: ModelOutput(loss=loss(m)), "a ModelOutput"),
+        (lambda m: loss(m).item(), "a float"),
+        (3, "3, which is no function of the model"),
+    ],
+)
+def test_a_loss_that_is_no_number_of_the_weights_is_refused(method, wrong, got):
+    model = net()
+    line = f"loss= must return one number that depends on the weights; got {got}"
+    with pytest.raises(GossamerError, match=line):
+        method.attach(model, optimizer(model), loss=wrong)
+
+
+@pytest.mark.parametrize("method", [SNIP(), GraSP()])
+def test_a_loss_that_is_nan_or_passes_the_layers_by_is_refused(method):
+    model = net()
+    with pytest.raises(GossamerError, match="got nan"):
+        method.attach(model, optimizer(model), loss=lambda m: loss(m) * float("nan"))
+    with pytest.raises(GossamerError, match="got one that reaches none of the 2 layers"):
+        method.attach(model, optimizer(model), loss=lambda m: m[0].bias.exp().sum())
+
+
+def test_grasp_says_that_a_linear_loss_has_no_curvature():
+    model = nn.Sequential(nn.Linear(3, 2))
+    with pytest.raises(GossamerError, match="linear in the weights.*use snip"):
+        GraSP().attach(model, optimizer(model), loss=lambda m: m(torch.ones(1, 3)).sum())
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_synflow_needs_no_loss_of_a_language_model(name):
+    """What flows in is what apply feeds it: embeddings of ones, not ids."""
+    model = tiny_model(name)
+    method = SynFlow(sparsity=0.5, rounds=2)
+    layers = find_layers(model)
+    found = method.start_scores(model, layers, None)
+    ids = Tokens.from_ids(torch.ones(1, 8, dtype=torch.int64))
+    applied = method.start_scores(model, layers, method.first_loss(ids))
+    for layer in layers:
+        assert torch.equal(found[layer.name], applied[layer.name])
+    assert any(score.max() > 0 for score in found.values())
+
+
+def test_synflow_flows_through_an_encoder_and_says_where_it_cannot():
+    config = BertConfig(
+        vocab_size=128,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+    )
+    model = BertModel(config)
+    sparsifier = SynFlow(sparsity=0.5, rounds=2).attach(model, optimizer(model))
+    sparsifier.remove()
+    with pytest.raises(GossamerError, match="BertModel computes no loss on this data"):
+        SynFlow(rounds=2, steps=1).apply(BertModel(config), random_tokens())
+    strange = nn.Sequential(nn.Flatten(0), nn.Linear(6, 3))
+    strange[0].forward = lambda x: x[:, :4]
+    with pytest.raises(GossamerError, match="takes no input of ones.*attach with loss="):
+        SynFlow(rounds=2).attach(strange, optimizer(strange))

@@ -4,6 +4,7 @@ from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any, ClassVar
 
 import torch
@@ -96,13 +97,39 @@ def untouched(model: nn.Module) -> Iterator[None]:
 
 
 def needed(method: SparseTraining, loss: StartLoss | None) -> StartLoss:
-    """The loss, or what to do about its absence."""
+    """The loss, checked whenever it is called, or what to do about its absence.
+
+    Raises
+    ------
+    GossamerError
+        If there is none, or it is no function to one number that depends on the weights.
+    """
     if loss is None:
         raise GossamerError(
-            f"{method.key()} scores weights by their gradients; "
-            "attach with loss=, a function of the model on a batch or a few"
+            f"{method.key()} looks at the loss of the network as it is; attach with loss=, a "
+            "function of the model that gives the loss of a batch or a few"
         )
-    return loss
+    if not callable(loss):
+        raise _refused(f"{loss!r}, which is no function of the model")
+
+    def checked(model: nn.Module) -> Tensor:
+        value: object = loss(model)
+        if not isinstance(value, Tensor):
+            raise _refused(f"a {type(value).__name__}")
+        if value.numel() != 1 or not value.is_floating_point():
+            raise _refused(f"{value.dtype} of shape {tuple(value.shape)}")
+        if torch.is_grad_enabled() and not value.requires_grad:
+            raise _refused("a constant")
+        return value.squeeze()
+
+    return checked
+
+
+def _refused(what: str) -> GossamerError:
+    return GossamerError(
+        f"loss= must return one number that depends on the weights; got {what}: give a function "
+        "such as lambda net: net(**batch).loss"
+    )
 
 
 def gradients_of(
@@ -111,8 +138,15 @@ def gradients_of(
     """Gradients of a scalar by parameter, for every parameter that holds a layer.
 
     Where processes train together, the mean of theirs; of sharded parameters the part that is here.
+
+    Raises
+    ------
+    GossamerError
+        If the scalar is no finite number, or depends on none of them.
     """
     paths = list(dict.fromkeys(layer.parameter for layer in layers))
+    if not isfinite(float(value.detach())):
+        raise _refused(f"{float(value.detach())}")
     if shards_itself(model):
         # Reduction fills the shards' gradients, and only a whole backward pass runs it; until then
         # some modules may hold whole parameters in their place.
@@ -124,6 +158,8 @@ def gradients_of(
         }
     weights = [model.get_parameter(path) for path in paths]
     found = torch.autograd.grad(value, weights, create_graph=create_graph, allow_unused=True)
+    if all(gradient is None for gradient in found):
+        raise _refused(f"one that reaches none of the {len(paths)} layers to prune")
     gradients = {
         path: torch.zeros_like(weight) if gradient is None else gradient
         for path, weight, gradient in zip(paths, weights, found, strict=True)
