@@ -67,6 +67,7 @@ class ConcreteTicket(AtStart):
     """
 
     keeper: ClassVar[type[Sparsifier]] = Searched
+    starts_from: ClassVar = "data"
     card: ClassVar[Card] = Card(
         title="Winning the Lottery by Preserving Network Training Dynamics with Concrete Ticket "
         "Search",

@@ -7,9 +7,17 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from gossamer.core import GossamerError
 from gossamer.methods.training.cast import CAST
+from gossamer.methods.training.concrete_ticket import ConcreteTicket
+from gossamer.methods.training.grasp import GraSP
+from gossamer.methods.training.imp import IMP
+from gossamer.methods.training.random_search import RandomSearch
+from gossamer.methods.training.reprogramming import Reprogramming
 from gossamer.methods.training.rigl import RigL
+from gossamer.methods.training.snip import SNIP
 from gossamer.methods.training.sparsifier.callback import SparsifierCallback
 from gossamer.methods.training.sparsifier.checkpoint import STATE_FILE, TEACHER_FILE, read_state
+from gossamer.methods.training.synflow import SynFlow
+from gossamer.methods.weights.wanda import Wanda
 from gossamer.models import at_work
 from tests.models.subjects import random_tokens
 from tests.models.tiny import tiny_model
@@ -158,3 +166,49 @@ def test_a_file_that_is_no_state_is_refused(tmp_path):
         read_state(tmp_path / STATE_FILE)
     with pytest.raises(GossamerError, match="holds no state"):
         read_state(tmp_path / "missing")
+
+
+def first_windows(model):
+    ids = random_tokens().input_ids[:2].to(model.device)
+    return model(input_ids=ids, labels=ids).loss
+
+
+IDS = [{"input_ids": random_tokens().input_ids[:2]}]
+
+
+@pytest.mark.parametrize(
+    ("method", "given"),
+    [
+        (SNIP(), {"loss": first_windows}),
+        (GraSP(), {"loss": first_windows}),
+        (RandomSearch(draws=2), {"loss": first_windows}),
+        (ConcreteTicket(search=0.5), {"data": IDS}),
+        (SynFlow(rounds=2), {}),
+    ],
+)
+def test_methods_that_look_at_the_untrained_network_train(tmp_path, method, given):
+    callback = SparsifierCallback(method, **given)
+    trainer(tmp_path, callback, max_steps=2, save_strategy="no").train()
+    assert callback.applied.report().sparsity == pytest.approx(method.final_sparsity, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("method", "given", "message"),
+    [
+        (SNIP(), {}, r"snip looks.*give loss=.*SparsifierCallback\(method, loss="),
+        (GraSP(), {}, "grasp looks.*give loss="),
+        (RandomSearch(), {}, "random_search looks.*give loss="),
+        (ConcreteTicket(), {}, "concrete_ticket looks.*give data="),
+        (SNIP(), {"data": IDS}, "snip searches on no data; leave data out"),
+        (IMP(), {}, "several times and rewinds.*find_ticket.*apply"),
+        (RigL(), {"teacher": "nano"}, "rigl as given does not distil; leave teacher out"),
+        (CAST(distill=0), {"teacher": "nano"}, "cast as given does not distil"),
+        ("rigl", {}, r"such as RigL\(sparsity=0.9\); got 'rigl'$"),
+        (RigL, {}, "got the class RigL$"),
+        (Wanda(), {}, "got Wanda$"),
+        (Reprogramming(), {}, "got Reprogramming$"),
+    ],
+)
+def test_what_cannot_be_one_run_of_a_trainer_is_refused(method, given, message):
+    with pytest.raises(GossamerError, match=message):
+        SparsifierCallback(method, **given)

@@ -88,3 +88,11 @@ def test_states_come_back_from_files_and_others_are_refused(tmp_path):
     for name in ("other", "missing"):
         with pytest.raises(GossamerError, match="holds no state of a tuning"):
             read_state(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("given", "got"), [(METHOD, "PST"), (PST, "the class PST"), ("pst", "'pst'")]
+)
+def test_only_a_tuner_at_work_is_taken(given, got):
+    with pytest.raises(GossamerError, match=rf"PST\(...\).attach\(model\); got {got}$"):
+        TunerCallback(given)

@@ -1,13 +1,16 @@
 """Sparse training inside transformers' Trainer, as a callback."""
 
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from gossamer.core import GossamerError
+from gossamer.methods.training.base import SparseTraining
 from gossamer.methods.training.nm.distillation import frozen_copy
+from gossamer.methods.training.sparsifier.change import StartLoss
 from gossamer.methods.training.sparsifier.checkpoint import (
     STATE_FILE,
     TEACHER_FILE,
@@ -18,10 +21,8 @@ from gossamer.methods.training.sparsifier.checkpoint import (
 )
 from gossamer.methods.training.sparsifier.sparsifier import Sparsifier
 from gossamer.methods.training.sparsifier.trained import SparselyTrained
+from gossamer.methods.training.tickets.rewinding import Rewinding
 from gossamer.models import load_model
-
-if TYPE_CHECKING:
-    from gossamer.methods.training.base import SparseTraining
 
 __all__ = ["SparsifierCallback"]
 
@@ -39,6 +40,13 @@ class SparsifierCallback(TrainerCallback):
     teacher : the dense model, for methods that distil from it: a module, or a folder or name to
         load it from. By default a copy of the model as training begins, which then lies once in
         ``output_dir`` beside the checkpoints, so that a resumed training finds it.
+    loss : function of the model to the loss of a batch or a few, for methods that score the
+        network before it trains. data : batches, for methods that search on them.
+
+    Raises
+    ------
+    GossamerError
+        If the method does not fit into one run of a Trainer, or lacks what it starts from.
 
     Attributes
     ----------
@@ -55,11 +63,16 @@ class SparsifierCallback(TrainerCallback):
 
     def __init__(
         self,
-        method: "SparseTraining",
+        method: SparseTraining,
         *,
         undo: bool = False,
         teacher: nn.Module | str | Path | None = None,
+        loss: StartLoss | None = None,
+        data: Iterable[Any] | None = None,
     ) -> None:
+        _check(method, teacher, {"loss": loss, "data": data})
+        self.loss = loss
+        self.data = data
         self.method = method
         self.undo = undo
         self.teacher = teacher
@@ -88,7 +101,9 @@ class SparsifierCallback(TrainerCallback):
                     "undo cannot restore what a training had before it was resumed; leave it out"
                 )
         method = self.method.lasting(state.max_steps)
-        more: dict[str, Any] = {}
+        more: dict[str, Any] = {"loss": self.loss}
+        if self.data is not None:
+            more["data"] = self.data
         if getattr(method, "distilled_share", 0.0):
             more["teacher"] = self._teacher(model, Path(args.output_dir or "."), saved is not None)
         self.sparsifier = method.attach(model, optimizer, undo=self.undo, state=saved, **more)
@@ -142,3 +157,33 @@ class SparsifierCallback(TrainerCallback):
         if self.sparsifier is not None:
             self.sparsifier.remove()
             self.sparsifier = self._unwritten = None
+
+
+def _check(method: object, teacher: object, start: dict[str, Any]) -> None:
+    """Refuse what cannot become one run of a Trainer."""
+    if not isinstance(method, SparseTraining):
+        got = (
+            f"the class {method.__name__}"
+            if isinstance(method, type)
+            else repr(method).split("(")[0]
+        )
+        raise GossamerError(
+            "SparsifierCallback takes a method of sparse training that attaches, such as "
+            f"RigL(sparsity=0.9); got {got}"
+        )
+    key, needs = method.key(), method.starts_from
+    if issubclass(method.keeper, Rewinding):
+        raise GossamerError(
+            f"{key} trains several times and rewinds, which one run of a Trainer does not; call "
+            "find_ticket of gossamer.methods.training.tickets.rounds, or apply(model, data)"
+        )
+    if teacher is not None and not getattr(method, "distilled_share", 0.0):
+        raise GossamerError(f"{key} as given does not distil; leave teacher out")
+    if start["data"] is not None and needs != "data":
+        raise GossamerError(f"{key} searches on no data; leave data out")
+    if needs is not None and all(value is None for value in start.values()):
+        what = "a function of the model to a loss" if needs == "loss" else "batches to search on"
+        raise GossamerError(
+            f"{key} looks at the network before it trains; give {needs}=, {what}: "
+            f"SparsifierCallback(method, {needs}=...)"
+        )

@@ -45,6 +45,11 @@ class TunerCallback(TrainerCallback):
     ----------
     tuner : of ``Method(...).attach(model)``. fold : see :meth:`Tuner.finish`.
 
+    Raises
+    ------
+    GossamerError
+        If it is none.
+
     Attributes
     ----------
     applied : after training, what reports, saves, restores.
@@ -59,6 +64,15 @@ class TunerCallback(TrainerCallback):
     """
 
     def __init__(self, tuner: Tuner, *, fold: bool = True) -> None:
+        if not isinstance(tuner, Tuner):
+            got = (
+                f"the class {tuner.__name__}"
+                if isinstance(tuner, type)
+                else repr(tuner).split("(")[0]
+            )
+            raise GossamerError(
+                f"TunerCallback takes a tuner at work, PST(...).attach(model); got {got}"
+            )
         self.tuner = tuner
         self.fold = fold
         self.applied: Tuned | None = None
