@@ -253,3 +253,15 @@ class TestBadInput:
             method.reattach(
                 nn.Sequential(nn.Flatten(), nn.Linear(64, 4)), state.meta, state.tensors
             )
+
+
+@pytest.mark.parametrize("adapter", ["prompt", "probe"])
+def test_one_class_is_no_task(adapter):
+    images, labels = columns()
+    with pytest.raises(GossamerError, match="all 60 samples have the label '0'; .* two classes"):
+        Reprogramming(**LEARN, adapter=adapter).apply(network(), (images, 0 * labels))
+
+
+def test_a_canvas_the_network_does_not_take():
+    with pytest.raises(GossamerError, match=r"Sequential failed on the first batch, x \(1, 1, 9"):
+        Reprogramming(**{**LEARN, "canvas": 9}).apply(network(), columns())

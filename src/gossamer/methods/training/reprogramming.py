@@ -130,11 +130,16 @@ class Reprogramming(Method):
         Raises
         ------
         GossamerError
-            If the data have no usable labels, or more classes than the network, or training
+            If the data have no usable labels, one class or more than the network, or training
             diverges; the network is then as it was.
         """
         check_free(model)
         examples = as_examples(data, model)
+        if len(examples.names) == 1:
+            raise GossamerError(
+                f"all {len(examples)} samples have the label {examples.names[0]!r}; a task needs "
+                "samples of at least two classes"
+            )
         chosen = few_shot(examples, self.shots, self.seed)
         plan = AdapterPlan(self.epochs, self.lr, self.batch_size, self.remap_every, self.seed)
         adapter, head = self._adapter(model, chosen)
