@@ -104,7 +104,9 @@ def test_resuming_through_a_file_is_bit_exact(at, tmp_path):
 def test_another_windows_state_is_refused():
     model = net()
     trains = torch.optim.SGD(model.parameters(), lr=0.1)
-    state = SparsePretraining(sparsity=0.5, steps=9).attach(model, trains).state_dict()
+    first = SparsePretraining(sparsity=0.5, steps=9).attach(model, trains)
+    state = first.state_dict()
+    first.remove()
     other = SparsePretraining(sparsity=0.5, steps=9, window=(0.5, 0.75))
     with pytest.raises(GossamerError, match="another training \\(window"):
         other.attach(model, trains, state=state)

@@ -37,10 +37,10 @@ class ByCompute(Sparsifier):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """See :meth:`Sparsifier.load_state_dict`; a state read from a file has no tuples."""
         self._learn()
-        given = state["method"]
-        if given.get("method") == self.method.key():
-            given = type(self.method).from_dict(given).to_dict()
-        super().load_state_dict({**state, "method": given})
+        given = state.get("method") if isinstance(state, Mapping) else None
+        if isinstance(given, Mapping) and given.get("method") == self.method.key():
+            state = {**state, "method": type(self.method).from_dict(given).to_dict()}
+        super().load_state_dict(state)
 
     def _learn(self) -> None:
         if self.method.fixed is None:

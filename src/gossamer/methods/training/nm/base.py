@@ -130,7 +130,8 @@ class Taught(BehindMask):
         Parameters
         ----------
         teacher : the dense model; a copy of ``model`` by default. Going on from a ``state`` needs
-            it, since the model is then no longer the one the training began with.
+            it, since the model is then no longer the one the training began with. It is frozen and
+            in evaluation mode until the training ends.
         """
         before = copy_of(plain_module(model)) if undo else None
         return NMSparsifier(

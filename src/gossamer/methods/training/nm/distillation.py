@@ -6,7 +6,7 @@ its forward pass, so that any loop, transformers' Trainer included, trains on bo
 
 from collections.abc import Callable, Mapping
 from copy import deepcopy
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +14,14 @@ from torch.nn.functional import kl_div
 
 from gossamer.core import GossamerError
 from gossamer.methods.training.sparsifier.layers import plain_module
-from gossamer.methods.training.sparsifier.layout import is_sharded
+from gossamer.methods.training.sparsifier.layout import here, is_sharded
 
-__all__ = ["divergence", "frozen_copy", "mixing"]
+if TYPE_CHECKING:
+    from gossamer.methods.training.nm.base import BehindMask
 
+__all__ = ["Frozen", "check_teacher", "divergence", "frozen_copy", "mixing", "teacher_of"]
+
+_DENSE = "give the dense model that this training began with"
 _LABELS = ("labels", "num_items_in_batch")
 
 
@@ -40,6 +44,28 @@ def divergence(
     return temperature**2 * (found * wanted).sum() / wanted.sum().clamp(min=1.0)
 
 
+def teacher_of(
+    method: "BehindMask", model: nn.Module, given: nn.Module | None, *, resumed: bool
+) -> nn.Module | None:
+    """The dense model that a method asks: the one given, or a copy of the model.
+
+    Raises
+    ------
+    GossamerError
+        If the one given cannot teach, or none is given to a training that goes on.
+    """
+    if given is not None:
+        check_teacher(given, model, method.key())
+    if not method.distilled_share:
+        return None
+    if given is None and resumed:
+        raise GossamerError(
+            f"going on with {method.key()} needs the dense model it began with; "
+            "attach with teacher=, or train with distill=0"
+        )
+    return frozen_copy(model, method.key()) if given is None else given
+
+
 def frozen_copy(model: nn.Module, key: str) -> nn.Module:
     """The dense model as it now is, for teaching.
 
@@ -56,6 +82,53 @@ def frozen_copy(model: nn.Module, key: str) -> nn.Module:
             "well), or train with distill=0"
         )
     return deepcopy(plain)
+
+
+def check_teacher(teacher: Any, model: nn.Module, key: str) -> None:
+    """Refuse what cannot teach a model, before anything is changed.
+
+    Raises
+    ------
+    GossamerError
+        If it is no module, is the model or shares weights with it, or has another vocabulary.
+    """
+    ours, theirs = plain_module(model), plain_module(teacher, "the teacher")
+    cure = f"attach with teacher=copy.deepcopy(model), or leave it out: {key} then copies the model"
+    if ours is theirs:
+        raise GossamerError(f"the teacher is the model itself, which trains; {cure}")
+    known = {place for p in ours.parameters() for place in _places(p)}
+    for name, parameter in theirs.named_parameters():
+        if known.intersection(_places(parameter)):
+            raise GossamerError(f"the teacher shares {name} with the model, which trains; {cure}")
+    sizes = [getattr(getattr(m, "config", None), "vocab_size", None) for m in (ours, theirs)]
+    if None not in sizes and sizes[0] != sizes[1]:
+        raise GossamerError(
+            f"the teacher has a vocabulary of {sizes[1]}, the model of {sizes[0]}; give the dense "
+            "model that this training began with"
+        )
+
+
+def _places(parameter: nn.Parameter) -> set[int]:
+    """What tells a parameter, and the memory it lies in."""
+    local = here(parameter.detach())
+    return {id(parameter)} | ({local.data_ptr()} if local.numel() else set()) - {0}
+
+
+class Frozen:
+    """A teacher at work, frozen and in evaluation mode until :meth:`remove`: a hook's handle."""
+
+    def __init__(self, teacher: nn.Module | None) -> None:
+        self.modes = [(m, m.training) for m in teacher.modules()] if teacher else []
+        self.wanted = [(p, p.requires_grad) for p in teacher.parameters()] if teacher else []
+        if teacher is not None:
+            teacher.eval().requires_grad_(False)
+
+    def remove(self) -> None:
+        """Put modes and wishes for gradients back."""
+        for module, mode in self.modes:
+            module.training = mode
+        for parameter, wanted in self.wanted:
+            parameter.requires_grad_(wanted)
 
 
 def mixing(teacher: nn.Module, share: float, temperature: float) -> Callable[..., Any]:
@@ -79,9 +152,12 @@ def mixing(teacher: nn.Module, share: float, temperature: float) -> Callable[...
                 f"{type(module).__name__} returns no loss to mix distillation with; "
                 "train a model that computes its loss, or set distill=0"
             )
-        with torch.no_grad():
-            asked = {k: _as(v, kind) for k, v in given.items() if k not in _LABELS}
-            theirs = teacher(*(_as(value, kind) for value in args), **asked).logits
+        theirs = _asked(teacher, args, given, kind)
+        if theirs.shape != output.logits.shape:
+            raise GossamerError(
+                f"the teacher gives logits of shape {tuple(theirs.shape)}, the model of "
+                f"{tuple(output.logits.shape)}; {_DENSE}"
+            )
         where = given.get("attention_mask")
         if where is None or where.shape != output.logits.shape[:-1]:
             where = None
@@ -92,6 +168,23 @@ def mixing(teacher: nn.Module, share: float, temperature: float) -> Callable[...
         return output
 
     return hook
+
+
+def _asked(
+    teacher: nn.Module, args: Any, given: Mapping[str, Any], kind: torch.dtype | None
+) -> Tensor:
+    """The teacher's logits on what the model was given."""
+    asked = {k: _as(v, kind) for k, v in given.items() if k not in _LABELS}
+    try:
+        with torch.no_grad():
+            return teacher(*(_as(value, kind) for value in args), **asked).logits
+    except torch.OutOfMemoryError:
+        raise
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise GossamerError(
+            f"the teacher, a {type(teacher).__name__}, gives no logits for the model's batch "
+            f"({type(error).__name__}: {str(error).partition(chr(10))[0]}); {_DENSE}"
+        ) from error
 
 
 def _share_of_update(module: nn.Module, given: Mapping[str, Any]) -> Any:

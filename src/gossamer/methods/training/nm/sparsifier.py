@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from gossamer.core import GossamerError
 from gossamer.methods.training.nm.adam import adam_step, check_adam, start_adam
-from gossamer.methods.training.nm.distillation import frozen_copy, mixing
+from gossamer.methods.training.nm.distillation import Frozen, mixing, teacher_of
 from gossamer.methods.training.nm.sides import LowRank, Scale, Side
 from gossamer.methods.training.nm.trained import Branch, NMTrained
 from gossamer.methods.training.sparsifier.change import StartLoss
@@ -60,16 +60,14 @@ class NMSparsifier(Sparsifier):
         self._gradients: dict[str, Tensor] = {}
         self._for_sides: dict[str, dict[str, Tensor]] = {}
         self._left = 0.0
-        self.teacher: nn.Module | None = None
-        if method.distilled_share:
-            if teacher is None and state is not None:
-                raise GossamerError(
-                    f"going on with {method.key()} needs the dense model it began with; "
-                    "attach with teacher=, or train with distill=0"
-                )
-            self.teacher = frozen_copy(model, method.key()) if teacher is None else teacher
-            self.teacher.eval().requires_grad_(False)
-        super().__init__(method, model, optimizer, state=state, **given)
+        self.teacher = teacher_of(method, model, teacher, resumed=state is not None)
+        lent = Frozen(self.teacher)
+        try:
+            super().__init__(method, model, optimizer, state=state, **given)
+        except BaseException:
+            lent.remove()
+            raise
+        self._handles.append(lent)
         if self.teacher is not None:
             hook = mixing(self.teacher, method.distilled_share, method.distilled_temperature)
             self._handles.append(self.model.register_forward_hook(hook, with_kwargs=True))

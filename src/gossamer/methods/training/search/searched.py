@@ -1,12 +1,13 @@
 """A sparse training whose first masks were searched for: the search is counted and reported."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from gossamer.methods.training.search.search import Found
 from gossamer.methods.training.search.units import UnitLayer, units_of
 from gossamer.methods.training.sparsifier.change import StartLoss
 from gossamer.methods.training.sparsifier.decide import first_masks
+from gossamer.methods.training.sparsifier.saving import taking
 from gossamer.methods.training.sparsifier.sparsifier import Sparsifier
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ class Searched(Sparsifier):
     found : losses of all draws. search_flops : operations of the search, part of ``flops.total``.
     """
 
+    own_state: ClassVar[Mapping[str, type]] = {"search": Mapping}
     found: Found
     search_flops: float = 0.0
 
@@ -43,8 +45,9 @@ class Searched(Sparsifier):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where :meth:`state_dict` was taken, without another search."""
         super().load_state_dict(state)
-        self.found = Found(tuple(state["search"]["losses"]))
-        self.search_flops = float(state["search"]["flops"])
+        with taking():
+            self.found = Found(tuple(map(float, state["search"]["losses"])))
+            self.search_flops = float(state["search"]["flops"])
 
     def _remarks(self) -> tuple[str, ...]:
         found = self.found

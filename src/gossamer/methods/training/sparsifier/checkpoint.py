@@ -44,7 +44,8 @@ def write_state(state: Mapping[str, Any], path: str | Path) -> None:
         f"removed.{name}": here(value).cpu().contiguous()
         for name, value in state["removed"].items()
     }
-    plain = {name: state[name] for name in ("method", "updates", "world_size", "flops")}
+    names = ("method", "updates", "world_size", "flops", "search")
+    plain = {name: state[name] for name in names if name in state}
     plain["sharded"] = sharded
     with _replacing(path) as part:
         save_file(tensors, part, metadata={"state": json.dumps(plain)})

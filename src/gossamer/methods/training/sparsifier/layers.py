@@ -62,8 +62,19 @@ class Layer:
         return tensor.T if self.transposed else tensor
 
 
-def plain_module(model: nn.Module) -> nn.Module:
-    """The model itself, without what distributes or compiles it."""
+def plain_module(model: nn.Module, what: str = "the model") -> nn.Module:
+    """The model itself, without what distributes or compiles it.
+
+    Raises
+    ------
+    GossamerError
+        If it is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise GossamerError(
+            f"{what} is {model!r}, a {type(model).__name__}; give a torch.nn.Module, such as "
+            "load_model(folder).model"
+        )
     while True:
         inner = getattr(model, "_orig_mod", None)
         if inner is None and isinstance(model, nn.parallel.DistributedDataParallel):

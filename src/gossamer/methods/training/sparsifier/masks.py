@@ -11,13 +11,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from gossamer.core import GossamerError, pack_bits, unpack_bits
+from gossamer.core import GossamerError, pack_bits, unknown, unpack_bits
 from gossamer.methods.training.sparsifier.layers import Layer
 from gossamer.methods.training.sparsifier.layout import Layout, here, sum_over_processes, world
 
 __all__ = [
     "Held",
     "check_optimizer",
+    "hold",
     "kept_counts",
     "left_over",
     "masked",
@@ -107,6 +108,41 @@ class Held:
         """Set weights and their optimizer state to zero at some places."""
         for tensor in self.tensors(optimizer):
             tensor.masked_fill_(where, 0)
+
+
+def hold(
+    model: nn.Module, layers: tuple[Layer, ...], masters: Mapping[str, Tensor]
+) -> dict[str, Held]:
+    """The parameters of the layers, all of them kept.
+
+    Raises
+    ------
+    GossamerError
+        If one does not train, or a master is none of its weight.
+    """
+    if not isinstance(masters, Mapping):
+        raise GossamerError(f"masters is {masters!r}; give a dict of parameter name to tensor")
+    known = dict(model.named_parameters(remove_duplicate=False))
+    for name, master in masters.items():
+        if name not in known:
+            raise unknown("parameter in masters", name, list(known))
+        if not isinstance(master, Tensor):
+            raise GossamerError(f"the master of {name} is {master!r}; give the tensor that trains")
+    held: dict[str, Held] = {}
+    for layer in layers:
+        if layer.parameter in held:
+            continue
+        weight = model.get_parameter(layer.parameter)
+        if not weight.requires_grad:
+            raise GossamerError(f"{layer.parameter} does not train; skip {layer.name}")
+        master = masters.get(layer.parameter, weight)
+        if master.shape != weight.shape:
+            raise GossamerError(
+                f"the master of {layer.parameter} has shape {tuple(master.shape)}, the weight "
+                f"{tuple(weight.shape)}"
+            )
+        held[layer.parameter] = Held(layer.parameter, weight, master)
+    return held
 
 
 def masked(gradient: Tensor, mask: Tensor) -> Tensor:

@@ -1,8 +1,11 @@
 """What a sparse training's state holds, and what may take it up again."""
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from math import prod
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from gossamer.core import GossamerError, pack_bits, unpack_bits
@@ -12,7 +15,16 @@ from gossamer.methods.training.sparsifier.masks import Held
 if TYPE_CHECKING:
     from gossamer.methods.training.base import SparseTraining
 
-__all__ = ["check_state", "common_state", "masks_of"]
+__all__ = ["check_parts", "check_state", "common_state", "masks_of", "taking"]
+
+_PARTS: dict[str, type] = {
+    "method": Mapping,
+    "updates": int,
+    "world_size": int,
+    "flops": Mapping,
+    "masks": Mapping,
+    "removed": Mapping,
+}
 
 
 def common_state(
@@ -29,20 +41,37 @@ def common_state(
 
 
 def check_state(
-    state: Mapping[str, Any], method: "SparseTraining", held: Mapping[str, Held]
+    state: Mapping[str, Any],
+    method: "SparseTraining",
+    held: Mapping[str, Held],
+    own: Mapping[str, type] | None = None,
 ) -> None:
     """Refuse a state that would not go on exactly.
+
+    Parameters
+    ----------
+    own : what a method adds to its states, and of what type.
 
     Raises
     ------
     GossamerError
         If it is of another method, model or number of processes.
     """
+    check_parts(state, _PARTS, "a sparse training", "sparsifier")
     if dict(state["method"]) != method.to_dict():
         wrong = [k for k, v in method.to_dict().items() if state["method"].get(k) != v]
         raise GossamerError(
             f"the state is of another training ({', '.join(wrong) or 'more parameters'} "
             "differs); attach the method with the parameters it was saved with"
+        )
+    check_parts(state, own or {}, f"a training by {method.key()}", "sparsifier")
+    check_parts(state["flops"], {"updates": int}, "the operations of a training", "sparsifier")
+    updates = state["updates"]
+    # A loop of one's own may train for longer than the schedule lasts.
+    if not 0 <= updates <= max(method.steps, state["flops"]["updates"]):
+        raise GossamerError(
+            f"the state is of update {updates}, the training lasts {method.steps}; pass what "
+            "sparsifier.state_dict() gave"
         )
     if state["world_size"] != world():
         raise GossamerError(
@@ -51,7 +80,64 @@ def check_state(
         )
     if set(state["masks"]) != set(held):
         odd = sorted(set(state["masks"]) ^ set(held))
-        raise GossamerError(f"the state does not fit the model's layers: {', '.join(odd[:3])}")
+        names = ", ".join(map(str, odd[:3]))
+        raise GossamerError(f"the state does not fit the model's layers: {names}")
+    for path, one in held.items():
+        bits = state["masks"][path]
+        size = (prod(one.layout.shape) + 7) // 8
+        if not isinstance(bits, Tensor) or bits.dtype != torch.uint8 or bits.numel() != size:
+            raise GossamerError(
+                f"the state's packed mask of {path} does not fit its shape "
+                f"{tuple(one.layout.shape)}; pass the state saved with this model"
+            )
+
+
+def check_parts(state: object, parts: Mapping[str, type], of: str, by: str) -> None:
+    """Refuse what has not the parts of a state.
+
+    Parameters
+    ----------
+    of : what it should be a state of. by : the name of what gives it.
+
+    Raises
+    ------
+    GossamerError
+        Naming the first part that is missing or of another type.
+    """
+    lacks = "it is no dict"
+    if isinstance(state, Mapping):
+        wrong = [name for name, kind in parts.items() if not _is(state.get(name), kind)]
+        if not wrong:
+            return
+        lacks = f"its {wrong[0]} is " + (
+            f"a {type(state[wrong[0]]).__name__}" if wrong[0] in state else "missing"
+        )
+    raise GossamerError(f"this is no state of {of} ({lacks}); pass {by}.state_dict()")
+
+
+def _is(value: object, kind: type) -> bool:
+    # To Python, True is a whole number.
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+
+
+@contextmanager
+def taking() -> Iterator[None]:
+    """Turn what a damaged state raises while it is taken up into one line.
+
+    Raises
+    ------
+    GossamerError
+        Naming what is missing or does not fit.
+    """
+    try:
+        yield
+    except GossamerError:
+        raise
+    except (AttributeError, KeyError, RuntimeError, StopIteration, TypeError, ValueError) as error:
+        raise GossamerError(
+            f"the state is damaged ({type(error).__name__}: {str(error).splitlines()[0]}); pass "
+            "what sparsifier.state_dict() gave"
+        ) from error
 
 
 def masks_of(state: Mapping[str, Any], held: Mapping[str, Held]) -> Iterator[tuple[str, Tensor]]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from gossamer.core import GossamerError, Unstructured, pack_bits
 from gossamer.methods.training.sparsifier.change import Change, StartLoss
+from gossamer.methods.training.sparsifier.claim import Claim
 from gossamer.methods.training.sparsifier.decide import exchange, first_masks, prune_to
 from gossamer.methods.training.sparsifier.flops import TrainingFlops
 from gossamer.methods.training.sparsifier.layers import Layer, Quota, other_weights, plain_module
@@ -24,13 +25,14 @@ from gossamer.methods.training.sparsifier.layout import (
 from gossamer.methods.training.sparsifier.masks import (
     Held,
     check_optimizer,
+    hold,
     kept_counts,
     masked,
     plain_optimizer,
     same_everywhere,
     whole_masks,
 )
-from gossamer.methods.training.sparsifier.saving import check_state, common_state, masks_of
+from gossamer.methods.training.sparsifier.saving import check_state, common_state, masks_of, taking
 from gossamer.methods.training.sparsifier.trained import SparselyTrained
 
 if TYPE_CHECKING:
@@ -53,6 +55,8 @@ class Sparsifier:
     """
 
     result: ClassVar[type[SparselyTrained]] = SparselyTrained
+    own_state: ClassVar[Mapping[str, type]] = {}
+    """What a state holds beside what all hold, and of what type."""
 
     def __init__(
         self,
@@ -77,7 +81,7 @@ class Sparsifier:
         self.layers: tuple[Layer, ...] = method.layers_of(self.model)
         self.updates = 0
         self.warnings: list[str] = []
-        self.held = self._hold(masters or {})
+        self.held = self._hold({} if masters is None else masters)
         check_optimizer(self.optimizer, self.held)
         self.quotas = method.quotas(self.layers, method.initial_sparsity)
         others = other_weights(self.model, [one.weight for one in self.held.values()])
@@ -90,32 +94,22 @@ class Sparsifier:
         self._stepped = False
         if method.remembers_removed:
             self._removed = {path: torch.zeros_like(one.trained) for path, one in self.held.items()}
-        if state is None:
-            self._begin(loss)
-        else:
-            self.load_state_dict(state)
-        self._change = method.change(self.updates + 1)
-        self._handles: list[Any] = []
-        self._watch()
+        self._handles: list[Any] = [Claim(self.model, self.optimizer, method.key())]
+        try:
+            if state is None:
+                self._begin(loss)
+            else:
+                self.load_state_dict(state)
+            self._change = method.change(self.updates + 1)
+            self._watch()
+        except BaseException:
+            self.remove()
+            raise
 
     # -- making -----------------------------------------------------------------------------
 
     def _hold(self, masters: Mapping[str, Tensor]) -> dict[str, Held]:
-        held: dict[str, Held] = {}
-        for layer in self.layers:
-            if layer.parameter in held:
-                continue
-            weight = self.model.get_parameter(layer.parameter)
-            if not weight.requires_grad:
-                raise GossamerError(f"{layer.parameter} does not train; skip {layer.name}")
-            master = masters.get(layer.parameter, weight)
-            if master.shape != weight.shape:
-                raise GossamerError(
-                    f"the master of {layer.parameter} has shape {tuple(master.shape)}, the weight "
-                    f"{tuple(weight.shape)}"
-                )
-            held[layer.parameter] = Held(layer.parameter, weight, master)
-        return held
+        return hold(self.model, self.layers, masters)
 
     @property
     def sharded(self) -> bool:
@@ -333,13 +327,14 @@ class Sparsifier:
         GossamerError
             If the state is of another method, model or number of processes.
         """
-        check_state(state, self.method, self.held)
+        check_state(state, self.method, self.held, self.own_state)
         check_optimizer(self.optimizer, self.held)
-        for path, mask in masks_of(state, self.held):
-            self.held[path].mask.copy_(mask)
-        self._take(state["removed"])
-        self.updates = int(state["updates"])
-        self.flops.load(state["flops"])
+        with taking():
+            for path, mask in masks_of(state, self.held):
+                self.held[path].mask.copy_(mask)
+            self._take(state["removed"])
+            self.updates = int(state["updates"])
+            self.flops.load(state["flops"])
         self.quotas = self.method.quotas(self.layers, self.method.sparsity_at(self.updates))
         self._count()
         self._change = self.method.change(self.updates + 1)
@@ -347,10 +342,10 @@ class Sparsifier:
         self._stepped = False
 
     def _take(self, removed: Mapping[str, Tensor]) -> None:
-        for path, one in self.held.items():
+        for path, values in self._removed.items():
+            values.copy_(self.held[path].layout.taken(removed[path]))
+        for one in self.held.values():
             one.enforce(self.optimizer)
-            if path in self._removed:
-                self._removed[path].copy_(one.layout.taken(removed[path]))
 
     def _remarks(self) -> tuple[str, ...]:
         return ()

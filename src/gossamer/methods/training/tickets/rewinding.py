@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from gossamer.core import GossamerError
 from gossamer.methods.training.sparsifier.change import StartLoss
 from gossamer.methods.training.sparsifier.decide import prune_to
+from gossamer.methods.training.sparsifier.saving import check_state, taking
 from gossamer.methods.training.sparsifier.sparsifier import Sparsifier
 from gossamer.methods.training.sparsifier.trained import SparselyTrained
 from gossamer.methods.training.tickets.point import Point
@@ -45,6 +46,7 @@ class Rewinding(Sparsifier):
     """
 
     result: ClassVar[type[SparselyTrained]] = TicketTrained
+    own_state: ClassVar[Mapping[str, type]] = {"round": int, "warnings": list, "rewinds": bool}
 
     def __init__(
         self,
@@ -151,8 +153,10 @@ class Rewinding(Sparsifier):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on in the middle of a round, or begin the next where :meth:`next_round` says so."""
+        check_state(state, self.method, self.held, self.own_state)
         self.round = int(state["round"])
-        self.point = Point(**state["point"]) if state["point"] else None
+        with taking():
+            self.point = Point(**state["point"]) if state["point"] else None
         self.warnings = list(state["warnings"])
         self._rewinds = bool(state["rewinds"])
         super().load_state_dict(state)
@@ -161,7 +165,10 @@ class Rewinding(Sparsifier):
 
     def _take(self, removed: Mapping[str, Tensor]) -> None:
         if self._rewinds:
-            assert self.point is not None
+            if self.point is None:
+                raise GossamerError(
+                    "the state has no point to rewind to; pass that of next_round()"
+                )
             self.point.rewind(self.model, self.optimizer, self.scheduler, self._masters)
         super()._take(removed)
 
