@@ -7,10 +7,11 @@ import pytest
 import torch
 from transformers import Trainer, TrainingArguments
 
-from gossamer import methods
+from gossamer import load, methods
+from gossamer.models import at_work
 from gossamer.models.store import read_stages
 from tests.models.subjects import random_tokens
-from tests.models.tiny import tiny_model
+from tests.models.tiny import tiny_model, tiny_tokenizer
 
 PAGE = Path(__file__).parents[3] / "docs" / "training.md"
 
@@ -25,6 +26,7 @@ def test_the_loops_of_the_page_train_sparsely(tmp_path):
         "batches": [{"input_ids": ids[:2], "labels": ids[:2]}] * 30,
         "dataset": rows,
         "folder": tmp_path,
+        "tokenizer": tiny_tokenizer(),
         "arguments": TrainingArguments(
             output_dir=str(tmp_path / "runs"),
             max_steps=4,
@@ -46,6 +48,7 @@ def test_the_loops_of_the_page_train_sparsely(tmp_path):
     assert names["applied"].report().sparsity == pytest.approx(0.9, abs=1e-3)
     assert names["callback"].applied.report().sparsity == pytest.approx(0.9, abs=1e-3)
     for folder in ("sparse", "trained"):
+        assert len(at_work(load(tmp_path / folder).model)) == 1
         (stage,) = read_stages(tmp_path / folder)
         assert stage.method["method"] == "rigl"
 

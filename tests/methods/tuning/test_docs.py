@@ -7,10 +7,11 @@ import pytest
 import torch
 from transformers import Trainer, TrainingArguments
 
-from gossamer import methods
+from gossamer import load, methods
+from gossamer.models import at_work
 from gossamer.models.store import read_stages
 from tests.models.subjects import random_tokens
-from tests.models.tiny import tiny_model
+from tests.models.tiny import tiny_model, tiny_tokenizer
 
 PAGE = Path(__file__).parents[3] / "docs" / "tuning.md"
 
@@ -25,6 +26,7 @@ def test_the_loops_of_the_page_tune(tmp_path):
         "batches": [{"input_ids": ids[:2], "labels": ids[:2]}] * 8,
         "dataset": [{"input_ids": row, "labels": row} for row in ids],
         "folder": tmp_path,
+        "tokenizer": tiny_tokenizer(),
         "arguments": TrainingArguments(
             output_dir=str(tmp_path / "runs"),
             max_steps=4,
@@ -38,14 +40,16 @@ def test_the_loops_of_the_page_tune(tmp_path):
         ),
     }
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     for index, block in enumerate(blocks):
-        if "Trainer(" in block:
+        if "Trainer(" in block or "fold=False" in block:
             names["model"] = tiny_model("llama")
         exec(compile(block, f"{PAGE.name}:{index}", "exec"), names)
     assert names["again"].updates == 8
     assert names["callback"].applied.report().sparsity == pytest.approx(0.8, abs=1e-3)
-    for folder in ("sparse", "trained"):
+    for folder in ("sparse", "trained", "folded"):
+        (applied,) = at_work(load(tmp_path / folder).model)
+        assert applied.report().sparsity == pytest.approx(0.8, abs=1e-3)
         (stage,) = read_stages(tmp_path / folder)
         assert stage.method["method"] == "pst"
 
