@@ -96,6 +96,9 @@ def test_methods_filter_by_the_words_of_their_cards(capsys):
         assert card["when"] == "during training"
         assert card["start"] == "sparse to sparse"
         assert "N:M" in card["pattern"]
+    of_all = json.loads(run(capsys, "methods", "--pattern", "N:M", "--json")[1])
+    assert of_all
+    assert json.loads(run(capsys, "methods", "--pattern", "2:4", "--json")[1]) == of_all
     # "dense" is a word of its own and the beginning of another.
     _, out, _ = run(capsys, "methods", "--start", "dense", "--json")
     assert {row["start"] for row in json.loads(out)} == {"dense"}

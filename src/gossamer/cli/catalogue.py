@@ -1,5 +1,6 @@
 """``gossamer methods``: what there is."""
 
+import re
 from typing import Annotated, Any, get_args
 
 from cyclopts import Parameter
@@ -43,6 +44,9 @@ def method_rows(
         "start": _kind("start", start, Start),
         "masks": _kind("masks", masks, Masks),
     }
+    if pattern is not None and re.fullmatch(r"\d+:\d+", pattern.strip()):
+        # Cards say N:M for all of them.
+        pattern = "N:M"
     records = ledger()
     rows = []
     for key in registry.keys(family):
@@ -96,7 +100,7 @@ def methods(
     masks
         Only methods with static, dynamic or none (no masks).
     pattern
-        Only methods whose pattern has this text in it, such as N:M, block or fan-in.
+        Only methods whose pattern has this text in it, such as N:M (or 2:4), block or fan-in.
     json
         Print JSON, with every method's whole card.
     """

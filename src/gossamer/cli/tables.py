@@ -7,7 +7,7 @@ from gossamer import methods
 from gossamer.claims.runner import ledger, verdict_of
 from gossamer.core import FAMILIES
 
-__all__ = ["claims_page", "methods_page"]
+__all__ = ["claims_page", "main", "methods_page"]
 
 _HEAD = """# Methods
 
@@ -72,7 +72,18 @@ def claims_page() -> str:
     return "\n".join(parts)
 
 
-if __name__ == "__main__":
-    folder = Path(sys.argv[1])
+def main(words: list[str]) -> int:
+    """Write the pages into the folder that is named; the exit status."""
+    folder = Path(words[0]) if len(words) == 1 else None
+    if folder is None or not folder.is_dir():
+        asked = words in (["-h"], ["--help"])
+        usage = "usage: python -m gossamer.cli.tables FOLDER   (an existing one, such as docs)"
+        print(usage, file=sys.stdout if asked else sys.stderr)
+        return 0 if asked else 2
     for name, page in (("methods", methods_page), ("claims", claims_page)):
         (folder / f"{name}.md").write_text(page(), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
