@@ -6,6 +6,7 @@ from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 
 from gossamer.core import GossamerError
+from gossamer.methods.training.concrete_ticket import ConcreteTicket
 from gossamer.methods.training.random_search import RandomSearch
 from gossamer.methods.training.rigl import RigL
 from gossamer.methods.training.snip import SNIP
@@ -191,6 +192,14 @@ def test_methods_that_look_first_say_the_same(method):
     data = Inputs({"input_ids": IDS, "labels": torch.full((6,), 7)})
     with pytest.raises(GossamerError, match="failed on the first batch.*Target 7"):
         method.apply(bert(), data)
+
+
+@pytest.mark.parametrize("objective", ["kl", "task"])
+def test_a_search_says_the_same(objective):
+    method = ConcreteTicket(steps=2, objective=objective)
+    wrong = {"kl": Inputs({"pixel_values": IDS.float()}), "task": random_tokens()}[objective]
+    with pytest.raises(GossamerError, match=r"failed on a batch, (pixel|input).* \(8, 24\)"):
+        method.apply(bert(), wrong)
 
 
 def test_later_errors_are_not_taken_for_a_mismatch():

@@ -24,7 +24,7 @@ from gossamer.methods.training.tickets.rounds import kept_as_it_was
 from gossamer.methods.training.tickets.search import Found, Plan, concrete_search
 from gossamer.methods.training.tickets.searched import Searched
 from gossamer.models import Inputs, Progress, Tokens, as_tokens
-from gossamer.models.fit import FitPlan, batches, fit, in_float32
+from gossamer.models.fit import FitPlan, batches, fit, in_float32, meeting
 
 __all__ = ["ConcreteTicket"]
 
@@ -234,7 +234,7 @@ class ConcreteTicket(AtStart):
         """
         samples = _read(data, model)
         looked = samples if search_data is None else _read(search_data, model)
-        seen = SearchData(_InOrder(looked, self.plan()), progress=progress)
+        seen = _Samples(_InOrder(looked, self.plan()), progress=progress)
         made: list[Searched] = []
 
         def watch(optimizer: Any) -> Any:
@@ -268,6 +268,18 @@ class ConcreteTicket(AtStart):
 
 def _read(data: Any, model: nn.Module) -> Tokens | Inputs:
     return data if isinstance(data, Inputs) else as_tokens(data, model)
+
+
+class _Samples(SearchData):
+    """Samples of a training, which may not fit the model."""
+
+    def logits(self, model: nn.Module, batch: Any) -> Tensor:
+        with meeting(model, batch, "a batch"):
+            return super().logits(model, batch)
+
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        with meeting(model, batch, "a batch"):
+            return super().loss(model, batch)
 
 
 class _InOrder:
