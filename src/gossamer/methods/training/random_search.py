@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from gossamer.core import Card, GossamerError, Unstructured, check_count, topk_mask, unknown
 from gossamer.core.scores import uniform_random
-from gossamer.methods.training.at_start.scored import needed, untouched
+from gossamer.methods.training.at_start.scored import gradients_of, needed, untouched
 from gossamer.methods.training.base import (
     Allocation,
     Change,
@@ -185,9 +185,9 @@ class RandomSearch(SparseTraining):
             self.draws, masks, model, measured, trial_steps=self.trial_steps, lr=self.trial_lr
         )
         if self.draws > 1 and len(set(found.losses)) == 1:
-            # Every draw the same: refuses a loss that no weight changes.
+            # Every draw the same: refuses a loss that no layer reaches.
             with untouched(model), torch.enable_grad():
-                measured(model)
+                gradients_of(measured(model), model, layers)
         best = draw(found.best)
         return {name: mask.float() for name, mask in best.items()}, found
 
