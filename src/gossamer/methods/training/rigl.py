@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from gossamer.core import Card, check_count
+from gossamer.core import Card, GossamerError, check_count
 from gossamer.core.schedule import Cosine
 from gossamer.methods.training.base import Change, SparseTraining, check_share
 
@@ -60,6 +60,11 @@ class RigL(SparseTraining):
         check_count("every", self.every, 1)
         check_share("until", self.until)
         check_share("exchange", self.exchange)
+        if not self.until:
+            raise GossamerError(
+                "the schedule ends at 0 of the steps, before it starts; give until above 0, or "
+                "exchange=0 to keep the masks"
+            )
 
     @property
     def initial_sparsity(self) -> float:

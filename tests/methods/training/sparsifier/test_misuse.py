@@ -13,9 +13,11 @@ from gossamer.methods.training.cast import CAST
 from gossamer.methods.training.g2gnet import G2GNet
 from gossamer.methods.training.gmp import GMP
 from gossamer.methods.training.gradient_flow import GradientFlow
+from gossamer.methods.training.granet import GraNet
 from gossamer.methods.training.imp import IMP
 from gossamer.methods.training.random_search import RandomSearch
 from gossamer.methods.training.rigl import RigL
+from gossamer.methods.training.set import SET
 from gossamer.methods.training.sparse_pretraining import SparsePretraining
 from gossamer.methods.training.sr_ste import SRSTE
 from tests.models.subjects import random_tokens
@@ -234,3 +236,57 @@ def test_masters(masters, match):
     with pytest.raises(GossamerError, match=match) as caught:
         RigL(steps=2).attach(model, adamw(model), masters=masters)
     one_line(caught)
+
+
+class TestSchedule:
+    @pytest.mark.parametrize(
+        "method",
+        [
+            RigL(steps=6),
+            RigL(steps=6, every=2, until=0.1),
+            SET(steps=6, every=6),
+            GraNet(steps=6, sparsity=0.5, initial=0.5),
+            G2GNet(steps=6, sparsity=0.5, groups=2),
+            SRSTE(steps=6, every=7),
+        ],
+    )
+    def test_no_update_changes_the_masks(self, method):
+        _, _, sparsifier = trained(method, steps=6)
+        assert any("no update of 6 steps changes" in text for text in sparsifier.warnings)
+        (text,) = sparsifier.finish().report().warnings
+        assert f"every is {method.every}" in text
+
+    @pytest.mark.parametrize(
+        "method",
+        [
+            RigL(steps=6, every=2),
+            RigL(steps=6, every=100, exchange=0.0),
+            SET(steps=6, every=3),
+            G2GNet(steps=6, sparsity=0.5, groups=2, exchange=0.0),
+            SRSTE(steps=6),
+            IMP(sparsity=0.0, steps=6),
+        ],
+    )
+    def test_silent_where_masks_move_or_are_kept_on_purpose(self, method):
+        assert not trained(method, steps=6)[2].finish().report().warnings
+
+    def test_in_apply(self):
+        work = RigL(steps=2, batch_size=2).apply(tiny_model("llama"), random_tokens())
+        assert any("every is 100" in text for text in work.report().warnings)
+
+    def test_a_schedule_without_length(self):
+        with pytest.raises(GossamerError, match="before it starts"):
+            RigL(until=0.0)
+
+    def test_pruning_once_is_noted(self):
+        for every, noted in ((100, True), (1, False)):
+            work = trained(GMP(steps=6, sparsity=0.5, every=every), steps=6)[2].finish()
+            assert any("weights were due once" in text for text in work.report().notes) == noted
+
+    def test_uniform_patterns_are_noted(self):
+        for method, noted in (
+            (RigL(steps=6, every=2, pattern="2:4", allocation="erk"), True),
+            (RigL(steps=6, every=2, pattern="2:4", sparsity=0.5), False),
+        ):
+            work = trained(method, steps=6)[2].finish()
+            assert any("2:4 in every layer" in text for text in work.report().notes) == noted

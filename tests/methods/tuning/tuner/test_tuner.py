@@ -263,3 +263,25 @@ def test_the_report_says_what_trained_and_what_was_held():
     assert "training ended at update 3 of 8" in text
     assert work.report().all_size == size
     assert isinstance(model.model.layers[0].mlp.up_proj, nn.Linear)
+
+
+def test_what_is_no_state_of_a_tuning_or_no_model():
+    state = METHOD.attach(tiny_model("llama")).state_dict()
+    worse = {**state["tensors"], next(iter(state["tensors"])): "x"}
+    for given, match in (
+        (3, "no dict"),
+        ({}, "its method is missing"),
+        ({"a": 1}, "this is no state of a tuning"),
+        (tiny_model("llama").state_dict(), "this is no state of a tuning"),
+        ({**state, "updates": -1}, "of update -1"),
+        ({**state, "updates": "x"}, "its updates is a str"),
+        ({**state, "tensors": 3}, "its tensors is a int"),
+        ({**state, "tensors": {}}, "do not fit"),
+        ({**state, "tensors": worse}, "the state is damaged"),
+    ):
+        with pytest.raises(GossamerError, match=match) as caught:
+            METHOD.attach(tiny_model("llama"), state=given)
+        assert "\n" not in str(caught.value)
+    for model in (None, "nano"):
+        with pytest.raises(GossamerError, match="the model is .* give a transformers model"):
+            METHOD.attach(model)

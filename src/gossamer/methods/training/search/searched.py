@@ -3,11 +3,11 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
+from gossamer.core.saved import taking
 from gossamer.methods.training.search.search import Found
 from gossamer.methods.training.search.units import UnitLayer, units_of
 from gossamer.methods.training.sparsifier.change import StartLoss
 from gossamer.methods.training.sparsifier.decide import first_masks
-from gossamer.methods.training.sparsifier.saving import taking
 from gossamer.methods.training.sparsifier.sparsifier import Sparsifier
 
 if TYPE_CHECKING:

@@ -1,7 +1,6 @@
 """What a sparse training's state holds, and what may take it up again."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -9,13 +8,14 @@ import torch
 from torch import Tensor
 
 from gossamer.core import GossamerError, pack_bits, unpack_bits
+from gossamer.core.saved import check_parts
 from gossamer.methods.training.sparsifier.layout import world
 from gossamer.methods.training.sparsifier.masks import Held
 
 if TYPE_CHECKING:
     from gossamer.methods.training.base import SparseTraining
 
-__all__ = ["check_parts", "check_state", "common_state", "masks_of", "taking"]
+__all__ = ["check_state", "common_state", "masks_of"]
 
 _PARTS: dict[str, type] = {
     "method": Mapping,
@@ -90,54 +90,6 @@ def check_state(
                 f"the state's packed mask of {path} does not fit its shape "
                 f"{tuple(one.layout.shape)}; pass the state saved with this model"
             )
-
-
-def check_parts(state: object, parts: Mapping[str, type], of: str, by: str) -> None:
-    """Refuse what has not the parts of a state.
-
-    Parameters
-    ----------
-    of : what it should be a state of. by : the name of what gives it.
-
-    Raises
-    ------
-    GossamerError
-        Naming the first part that is missing or of another type.
-    """
-    lacks = "it is no dict"
-    if isinstance(state, Mapping):
-        wrong = [name for name, kind in parts.items() if not _is(state.get(name), kind)]
-        if not wrong:
-            return
-        lacks = f"its {wrong[0]} is " + (
-            f"a {type(state[wrong[0]]).__name__}" if wrong[0] in state else "missing"
-        )
-    raise GossamerError(f"this is no state of {of} ({lacks}); pass {by}.state_dict()")
-
-
-def _is(value: object, kind: type) -> bool:
-    # To Python, True is a whole number.
-    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
-
-
-@contextmanager
-def taking() -> Iterator[None]:
-    """Turn what a damaged state raises while it is taken up into one line.
-
-    Raises
-    ------
-    GossamerError
-        Naming what is missing or does not fit.
-    """
-    try:
-        yield
-    except GossamerError:
-        raise
-    except (AttributeError, KeyError, RuntimeError, StopIteration, TypeError, ValueError) as error:
-        raise GossamerError(
-            f"the state is damaged ({type(error).__name__}: {str(error).splitlines()[0]}); pass "
-            "what sparsifier.state_dict() gave"
-        ) from error
 
 
 def masks_of(state: Mapping[str, Any], held: Mapping[str, Held]) -> Iterator[tuple[str, Tensor]]:

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.core import GossamerError, Unstructured, pack_bits
+from gossamer.core.saved import taking
+from gossamer.methods.training.sparsifier import schedule
 from gossamer.methods.training.sparsifier.change import Change, StartLoss
 from gossamer.methods.training.sparsifier.claim import Claim
 from gossamer.methods.training.sparsifier.decide import exchange, first_masks, prune_to
@@ -32,7 +34,7 @@ from gossamer.methods.training.sparsifier.masks import (
     same_everywhere,
     whole_masks,
 )
-from gossamer.methods.training.sparsifier.saving import check_state, common_state, masks_of, taking
+from gossamer.methods.training.sparsifier.saving import check_state, common_state, masks_of
 from gossamer.methods.training.sparsifier.trained import SparselyTrained
 
 if TYPE_CHECKING:
@@ -100,6 +102,7 @@ class Sparsifier:
                 self._begin(loss)
             else:
                 self.load_state_dict(state)
+            self.warnings += schedule.warnings(self.method)
             self._change = method.change(self.updates + 1)
             self._watch()
         except BaseException:
@@ -380,6 +383,7 @@ class Sparsifier:
             f"{self.flops.updates} updates ({self.flops.dense_gradients} with all gradients)",
             "memory beside model and optimizer: "
             + ", ".join(f"{name} {size:,} bytes" for name, size in memory.items() if size),
+            *schedule.notes(self.method),
             *self._remarks(),
         )
         return self.result(

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.core import GossamerError
+from gossamer.core.saved import taking
 from gossamer.methods.training.sparsifier.change import StartLoss
 from gossamer.methods.training.sparsifier.decide import prune_to
-from gossamer.methods.training.sparsifier.saving import check_state, taking
+from gossamer.methods.training.sparsifier.saving import check_state
 from gossamer.methods.training.sparsifier.sparsifier import Sparsifier
 from gossamer.methods.training.sparsifier.trained import SparselyTrained
 from gossamer.methods.training.tickets.point import Point

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.core import GossamerError, Site, unknown
+from gossamer.core.saved import check_parts, taking
 from gossamer.methods.tuning.tuner.adapter import (
     Adapter,
     displace,
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from gossamer.methods.tuning.base import Tuning
 
 __all__ = ["Tuner"]
+
+_PARTS: dict[str, type] = {"method": Mapping, "updates": int, "tensors": Mapping}
 
 
 class Tuner:
@@ -144,29 +147,38 @@ class Tuner:
         GossamerError
             If the state is of another method, other parameters or another model.
         """
+        check_parts(state, {"method": Mapping}, "a tuning", "tuner")
         # Files have no tuples.
-        own, given = (json.loads(json.dumps(d)) for d in (self.method.to_dict(), state["method"]))
-        if given != own:
-            wrong = [k for k, v in own.items() if given.get(k) != v]
-            raise GossamerError(
-                f"the state is of another tuning ({', '.join(wrong) or 'more parameters'} "
-                "differs); attach the method with the parameters it was saved with"
+        with taking("tuner"):
+            own, given = (
+                json.loads(json.dumps(d)) for d in (self.method.to_dict(), state["method"])
             )
-        parts: dict[str, dict[str, Tensor]] = {name: {} for name in self.sites}
-        parts["head"] = {}
-        for key, value in state["tensors"].items():
-            name, _, part = key.partition(":")
-            if name not in parts:
-                raise GossamerError(f"the state names {name}, which this model does not have")
-            parts[name][part] = value
-        head = parts.pop("head")
-        if set(head) != set(self.head):
-            odd = ", ".join(sorted(set(head) ^ set(self.head))[:3])
-            raise GossamerError(f"the state does not fit the model's head: {odd}")
-        for name, tensors in parts.items():
-            load_tensors(self.adapters[name], tensors, name)
-        for name, parameter in self.head.items():
-            parameter.copy_(head[name])
+            if given != own:
+                wrong = [k for k, v in own.items() if given.get(k) != v]
+                raise GossamerError(
+                    f"the state is of another tuning ({', '.join(wrong) or 'more parameters'} "
+                    "differs); attach the method with the parameters it was saved with"
+                )
+            check_parts(state, _PARTS, "a tuning", "tuner")
+            if state["updates"] < 0:
+                raise GossamerError(
+                    f"the state is of update {state['updates']}; pass what tuner.state_dict() gave"
+                )
+            parts: dict[str, dict[str, Tensor]] = {name: {} for name in self.sites}
+            parts["head"] = {}
+            for key, value in state["tensors"].items():
+                name, _, part = key.partition(":")
+                if name not in parts:
+                    raise GossamerError(f"the state names {name}, which this model does not have")
+                parts[name][part] = value
+            head = parts.pop("head")
+            if set(head) != set(self.head):
+                odd = ", ".join(sorted(set(head) ^ set(self.head))[:3])
+                raise GossamerError(f"the state does not fit the model's head: {odd}")
+            for name, tensors in parts.items():
+                load_tensors(self.adapters[name], tensors, name)
+            for name, parameter in self.head.items():
+                parameter.copy_(head[name])
         self.updates = int(state["updates"])
 
     # -- ending -----------------------------------------------------------------------------
@@ -216,6 +228,11 @@ class Tuner:
 
 
 def _refuse(model: nn.Module, key: str) -> None:
+    if not isinstance(model, nn.Module):
+        raise GossamerError(
+            f"the model is {model!r}, a {type(model).__name__}; give a transformers model, such as "
+            "load_model(folder).model"
+        )
     if isinstance(model, nn.parallel.DistributedDataParallel):
         raise GossamerError(
             f"the model is inside DistributedDataParallel, which would miss what {key} adds; "
