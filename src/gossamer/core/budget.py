@@ -8,7 +8,7 @@ from math import isfinite
 
 from gossamer.core.errors import GossamerError
 
-__all__ = ["Budget", "check_count", "check_sparsity", "kept_count"]
+__all__ = ["Budget", "check_count", "check_number", "check_sparsity", "kept_count"]
 
 
 def check_sparsity(sparsity: float, where: str = "sparsity") -> float:
@@ -44,6 +44,22 @@ def check_count(name: str, value: object, least: int) -> int:
         text = repr(value) if not isinstance(value, int) or abs(value) < 2**64 else "too large"
         raise GossamerError(f"{name} is {text}; give a whole number, at least {least}")
     return value
+
+
+def check_number(name: str, value: object, *, above: float | None = None) -> float:
+    """Return a finite number, or say why it is none.
+
+    Raises
+    ------
+    GossamerError
+        If it is no number, not finite, or not above ``above``.
+    """
+    flag = isinstance(value, bool)
+    if flag or not isinstance(value, int | float) or not isfinite(value):
+        raise GossamerError(f"{name} is {value!r}; give a finite number")
+    if above is not None and value <= above:
+        raise GossamerError(f"{name} is {value!r}; give a number above {above:g}")
+    return float(value)
 
 
 def kept_count(total: int, sparsity: float) -> int:

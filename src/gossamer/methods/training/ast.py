@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from gossamer.core import Card, GossamerError, check_count
+from gossamer.core import Card, check_count
+from gossamer.core.budget import check_number
 from gossamer.methods.training.base import check_share
 from gossamer.methods.training.nm.adam import Decay
 from gossamer.methods.training.nm.base import Taught
@@ -68,8 +69,7 @@ class AST(Taught):
         check_share("distill", self.distill)
         check_count("every", self.every, 1)
         check_count("slorb", self.slorb, 0)
-        if not self.temperature > 0:
-            raise GossamerError(f"temperature is {self.temperature!r}; give a number above 0")
+        check_number("temperature", self.temperature, above=0.0)
 
     @property
     def changes_adam(self) -> bool:

@@ -6,9 +6,9 @@ A method says what a training starts from, and what happens to the masks at whic
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from math import isfinite
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 from torch import Tensor, nn
 
@@ -62,7 +62,8 @@ def check_share(name: str, value: object, *, high: float = 1.0) -> None:
     GossamerError
         Naming the value.
     """
-    if not isinstance(value, int | float) or not isfinite(value) or not 0 <= value <= high:
+    flag = isinstance(value, bool)
+    if flag or not isinstance(value, int | float) or not isfinite(value) or not 0 <= value <= high:
         raise GossamerError(f"{name} is {value!r}; it is a share, 0 <= {name} <= {high:g}")
 
 
@@ -105,6 +106,7 @@ class SparseTraining(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._check_words()
         kind = _kind(self.pattern)
         if kind not in self.patterns:
             raise GossamerError(
@@ -123,11 +125,22 @@ class SparseTraining(Method):
                 f"pattern {self.pattern} fixes the sparsity at {fixed:g}; got {self.sparsity}: "
                 "leave the sparsity out or choose another pattern"
             )
-        known = ("uniform", "uniform_plus", "er", "erk")
-        if self.allocation not in known:
-            raise unknown("allocation", self.allocation, known)
         check_count("steps", self.steps, 1)
         self.plan()
+
+    def _check_words(self) -> None:
+        """Refuse what is no allocation, no names to skip, and neither True nor False."""
+        if self.allocation not in get_args(Allocation):
+            raise unknown("allocation", self.allocation, get_args(Allocation))
+        skip: object = self.skip
+        if isinstance(skip, tuple | list) and all(isinstance(word, str) for word in skip):
+            object.__setattr__(self, "skip", ",".join(skip))
+        elif not isinstance(skip, str):
+            raise GossamerError(f"skip is {skip!r}; give names or roles, separated by commas")
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(field.default, bool) and not isinstance(value, bool):
+                raise GossamerError(f"{field.name} is {value!r}; give True or False")
 
     # -- what a method says -----------------------------------------------------------------
 

@@ -240,6 +240,10 @@ architecture.space.MixedOp` at the places to be searched, such as those of ``lin
         if architecture is None:
             found = search(model, pair, self.plan(), progress)
         else:
+            if not isinstance(architecture, Mapping):
+                raise GossamerError(
+                    f"architecture is {architecture!r}; give a dict of place to operation"
+                )
             found = Found(dict(architecture), {p: {op: 1.0} for p, op in architecture.items()})
         net = train_found(model, found.architecture, pair, self.plan(), progress)
         return FoundNetwork(self, model, net, plain(net), found)

@@ -6,7 +6,6 @@ A neutral baseline for every search: what it finds starts better and ends no bet
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import islice
-from math import isfinite
 from typing import Any, ClassVar, Literal
 from zlib import crc32
 
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.core import Card, GossamerError, Unstructured, check_count, topk_mask, unknown
+from gossamer.core.budget import check_number
 from gossamer.core.scores import uniform_random
 from gossamer.methods.training.at_start.scored import gradients_of, needed, untouched
 from gossamer.methods.training.base import (
@@ -107,8 +107,7 @@ class RandomSearch(SparseTraining):
         check_count("draws", self.draws, 1)
         check_count("trial_steps", self.trial_steps, 0)
         check_count("sample_batches", self.sample_batches, 1)
-        if not isfinite(self.trial_lr) or self.trial_lr <= 0:
-            raise GossamerError(f"trial_lr is {self.trial_lr!r}; give a number above 0")
+        check_number("trial_lr", self.trial_lr, above=0.0)
         if self.space not in ("node", "weight"):
             raise unknown("space", self.space, ("node", "weight"))
         shaped = self.pattern != Unstructured("layer") or self.allocation != "uniform"

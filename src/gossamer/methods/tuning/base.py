@@ -56,6 +56,8 @@ class Tuning(Method):
             if isinstance(value, str):
                 words = tuple(word.strip() for word in value.split(",") if word.strip())
                 object.__setattr__(self, name, words)
+            elif not isinstance(value, tuple | list) or not all(isinstance(v, str) for v in value):
+                raise GossamerError(f"{name} is {value!r}; give names, separated by commas")
         check_count("steps", self.steps, 1)
         self.plan()
 

@@ -6,13 +6,13 @@ adds to it is of low rank, plus one number for each row and column.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import isfinite
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from gossamer.core import NM, Card, GossamerError, Pattern, Site, Unstructured, check_count
+from gossamer.core.budget import check_number
 from gossamer.core.schedule import Window
 from gossamer.methods.tuning.base import Adapter, Tuner, Tuning
 from gossamer.methods.tuning.masked.adapter import Masked, quota
@@ -115,13 +115,12 @@ class PST(Tuning):
         for name in ("rank", "score_rank", "every"):
             check_count(name, getattr(self, name), 1)
         for name in ("alpha1", "alpha2", "beta"):
-            if not isfinite(getattr(self, name)):
-                raise GossamerError(f"{name} is {getattr(self, name)!r}; give a finite number")
+            check_number(name, getattr(self, name))
         if self.beta == 0:
             raise GossamerError("beta is 0, so the update would never learn; give another number")
         for name in ("initial_warmup", "final_warmup"):
-            value = getattr(self, name)
-            if not isfinite(value) or not 0 <= value < 1:
+            value = check_number(name, getattr(self, name))
+            if not 0 <= value < 1:
                 raise GossamerError(f"{name} is {value!r}; it is a share of the updates, 0 to 1")
         try:
             self.schedule()
@@ -142,6 +141,12 @@ class PST(Tuning):
             self.pattern.check_shape(site.shape)
         except GossamerError as error:
             raise GossamerError(f"{site.name}: {error}") from None
+        for name in ("rank", "score_rank"):
+            if getattr(self, name) > min(site.shape):
+                raise GossamerError(
+                    f"{name} is {getattr(self, name)}, and {site.name} of shape {site.shape} has "
+                    f"no more than rank {min(site.shape)}; give less"
+                )
         return Masked(
             weight,
             site.name,

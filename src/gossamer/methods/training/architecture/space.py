@@ -55,6 +55,10 @@ class MixedOp(nn.Module):
         super().__init__()
         if not choices:
             raise GossamerError("a MixedOp has nothing to choose from; give at least one operation")
+        if not isinstance(choices, Mapping) or not all(map(callable, choices.values())):
+            raise GossamerError(
+                f"a MixedOp's choices are {choices!r}; give a dict of name to what makes a module"
+            )
         self.choices = dict(choices)
         # A list: names such as "half" or "type" are those of methods of every module.
         self.options = nn.ModuleList(make() for make in choices.values())

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from gossamer.core import GossamerError, Unstructured, pack_bits
+from gossamer.core import GossamerError, Unstructured, pack_bits, unknown
 from gossamer.core.saved import taking
 from gossamer.methods.training.sparsifier import schedule
 from gossamer.methods.training.sparsifier.change import Change, StartLoss
@@ -18,12 +18,7 @@ from gossamer.methods.training.sparsifier.claim import Claim
 from gossamer.methods.training.sparsifier.decide import exchange, first_masks, prune_to
 from gossamer.methods.training.sparsifier.flops import TrainingFlops
 from gossamer.methods.training.sparsifier.layers import Layer, Quota, other_weights, plain_module
-from gossamer.methods.training.sparsifier.layout import (
-    here,
-    reshard,
-    shards_itself,
-    size_of,
-)
+from gossamer.methods.training.sparsifier.layout import here, reshard, shards_itself, size_of
 from gossamer.methods.training.sparsifier.masks import (
     Held,
     check_optimizer,
@@ -272,9 +267,11 @@ class Sparsifier:
 
     def mask(self, name: str) -> Tensor:
         """The mask of a layer, (O, I); True where kept. Collective where it is sharded."""
-        layer = next(layer for layer in self.layers if layer.name == name)
-        one = self.held[layer.parameter]
-        return layer.view(one.layout.full(one.mask))
+        known = {layer.name: layer for layer in self.layers}
+        if name not in known:
+            raise unknown("layer", name, list(known))
+        one = self.held[known[name].parameter]
+        return known[name].view(one.layout.full(one.mask))
 
     def kept(self) -> dict[str, int]:
         """Number of kept weights of every layer."""

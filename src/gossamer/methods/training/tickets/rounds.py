@@ -143,6 +143,11 @@ def find_ticket(
         applied = find_ticket(method, model, train, folder="rounds")
         print(applied.report())
     """
+    if not callable(getattr(method, "sparsity_of", None)) or not callable(train):
+        raise GossamerError(
+            f"find_ticket trains rounds of IMP by a function train(model, attach); got "
+            f"{type(method).__name__} and {type(train).__name__}"
+        )
     plain = plain_module(model)
     with kept_as_it_was(plain) as before:
         return train_rounds(method, model, train, before if undo else None, folder)
