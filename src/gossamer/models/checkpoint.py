@@ -2,7 +2,8 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +13,28 @@ from torch import Tensor
 
 from gossamer.core import GossamerError
 
-__all__ = ["read_checkpoint", "write_checkpoint"]
+__all__ = ["read_checkpoint", "replacing", "write_checkpoint"]
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[str]:
+    """A name to write a file under, which takes the path's place once it is written."""
+    path = Path(path)
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield str(part)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def write_checkpoint(
     path: str | Path, plain: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> None:
     """Write a state; readers see the old file or the new one."""
-    path = Path(path)
-    part = path.with_name(f".{path.name}.{os.getpid()}")
     held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    try:
-        save_file(held, str(part), metadata={"state": json.dumps(dict(plain))})
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    with replacing(path) as part:
+        save_file(held, part, metadata={"state": json.dumps(dict(plain))})
 
 
 def read_checkpoint(path: str | Path, what: str) -> tuple[dict[str, Any], dict[str, Tensor]]:

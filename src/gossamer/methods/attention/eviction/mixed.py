@@ -17,7 +17,7 @@ from transformers.cache_utils import DynamicLayer
 
 from gossamer.core import GossamerError
 from gossamer.methods.attention.eviction.ragged import Ragged
-from gossamer.methods.attention.eviction.shortened import become
+from gossamer.methods.attention.eviction.shortened import Picked, become
 
 __all__ = ["MixedBits", "MixedTensor", "dequantize", "mix", "quantize"]
 
@@ -157,7 +157,7 @@ class _Piece:
         return _Piece(self.keys.to(device), self.values.to(device), self.matters.to(device))
 
 
-class MixedBits(DynamicLayer):
+class MixedBits(Picked):
     """A dynamic layer whose older tokens are stored in few bits.
 
     ``update`` returns all keys and values as ever, decoded, so no attention function notices; one
@@ -215,21 +215,7 @@ class MixedBits(DynamicLayer):
 
     def _pick(self, rows: Tensor) -> None:
         self.pieces = [piece.rows(rows) for piece in self.pieces]
-        self.keys = self.keys.index_select(0, rows.to(self.keys.device))
-        self.values = self.values.index_select(0, rows.to(self.values.device))
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Row i becomes what row ``beam_idx[i]`` was."""
-        self._pick(beam_idx)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Every row ``repeats`` times in a row."""
-        rows = torch.arange(len(self.keys), device=self.keys.device)
-        self._pick(rows.repeat_interleave(repeats))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Some rows only; int64, or bool (B,)."""
-        self._pick(indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices)
+        super()._pick(rows)
 
     def offload(self) -> None:
         """Everything to the CPU."""

@@ -19,7 +19,7 @@ from gossamer.core import GossamerError
 from gossamer.methods.attention.eviction.ragged import Ragged
 from gossamer.methods.attention.memory import watched
 
-__all__ = ["Shortened", "become", "held_bytes", "settle", "shorten", "why_not"]
+__all__ = ["Picked", "Shortened", "become", "held_bytes", "settle", "shorten", "why_not"]
 
 
 def why_not(layer: Any) -> str | None:
@@ -88,7 +88,32 @@ def settle(layer: "Shortened", kept: Tensor) -> None:
     layer.removed += past
 
 
-class Shortened(DynamicLayer):
+class Picked(DynamicLayer):
+    """A layer whose rows can be picked out; what holds more than keys and values extends _pick."""
+
+    keys: Any
+    values: Any
+
+    def _pick(self, rows: Tensor) -> None:
+        """Hold rows (n,), int64, in that order."""
+        self.keys = self.keys.index_select(0, rows.to(self.keys.device))
+        self.values = self.values.index_select(0, rows.to(self.values.device))
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row i becomes what row ``beam_idx[i]`` was."""
+        self._pick(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every row ``repeats`` times in a row."""
+        rows = torch.arange(len(self.keys), device=self.keys.device)
+        self._pick(rows.repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Some rows only; int64, or bool (B,)."""
+        self._pick(indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices)
+
+
+class Shortened(Picked):
     """A dynamic layer whose first ``removed`` keys are held in part.
 
     Attributes
@@ -97,8 +122,6 @@ class Shortened(DynamicLayer):
     removed : tokens of which only some are held. keys, values : (B, G, T, D or E), all later ones.
     """
 
-    keys: Any
-    values: Any
     kept_keys: Ragged
     kept_values: Ragged
     places: Ragged
@@ -156,21 +179,7 @@ class Shortened(DynamicLayer):
     def _pick(self, rows: Tensor) -> None:
         for name in ("kept_keys", "kept_values", "places"):
             setattr(self, name, getattr(self, name).rows(rows))
-        self.keys = self.keys.index_select(0, rows.to(self.keys.device))
-        self.values = self.values.index_select(0, rows.to(self.values.device))
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Row i becomes what row ``beam_idx[i]`` was."""
-        self._pick(beam_idx)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Every row ``repeats`` times in a row."""
-        rows = torch.arange(len(self.keys), device=self.keys.device)
-        self._pick(rows.repeat_interleave(repeats))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Some rows only; int64, or bool (B,)."""
-        self._pick(indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices)
+        super()._pick(rows)
 
     def offload(self) -> None:
         """Everything to the CPU."""

@@ -3,19 +3,17 @@
 Where the state holds sharded values every process writes a file of its own beside rank 0's.
 """
 
-import json
-import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_model, save_file, save_model
+from safetensors import SafetensorError
+from safetensors.torch import load_model, save_model
 from torch import nn
 
 from gossamer.core import GossamerError
 from gossamer.methods.training.sparsifier.layout import here, is_sharded, rank, world
+from gossamer.models.checkpoint import read_checkpoint, replacing, write_checkpoint
 
 __all__ = [
     "STATE_FILE",
@@ -28,6 +26,7 @@ __all__ = [
 
 STATE_FILE = "gossamer_sparsifier.safetensors"
 TEACHER_FILE = "gossamer_teacher.safetensors"
+_WHAT = "a sparse training"
 
 
 def write_state(state: Mapping[str, Any], path: str | Path) -> None:
@@ -40,15 +39,11 @@ def write_state(state: Mapping[str, Any], path: str | Path) -> None:
         return
     path = _own(Path(path), sharded)
     tensors = {f"mask.{name}": value for name, value in state["masks"].items()}
-    tensors |= {
-        f"removed.{name}": here(value).cpu().contiguous()
-        for name, value in state["removed"].items()
-    }
+    tensors |= {f"removed.{name}": here(value) for name, value in state["removed"].items()}
     names = ("method", "updates", "world_size", "flops", "search")
     plain = {name: state[name] for name in names if name in state}
     plain["sharded"] = sharded
-    with _replacing(path) as part:
-        save_file(tensors, part, metadata={"state": json.dumps(plain)})
+    write_checkpoint(path, plain, tensors)
 
 
 def read_state(path: str | Path) -> dict[str, Any]:
@@ -59,9 +54,9 @@ def read_state(path: str | Path) -> dict[str, Any]:
     GossamerError
         If the file, or this process's part, is missing or none of ours.
     """
-    plain, tensors = _read(Path(path))
+    plain, tensors = read_checkpoint(path, _WHAT)
     if plain.get("sharded") and rank() and plain["world_size"] == world():
-        plain, tensors = _read(_own(Path(path), sharded=True))
+        plain, tensors = read_checkpoint(_own(Path(path), sharded=True), _WHAT)
     groups: dict[str, dict[str, Any]] = {"mask": {}, "removed": {}}
     for name, tensor in tensors.items():
         kind, _, path_in_model = name.partition(".")
@@ -71,7 +66,7 @@ def read_state(path: str | Path) -> dict[str, Any]:
 
 def write_teacher(teacher: nn.Module, path: str | Path) -> None:
     """Write the dense model that a training learns from; weights that are tied once."""
-    with _replacing(Path(path)) as part:
+    with replacing(path) as part:
         save_model(teacher, part)
 
 
@@ -92,26 +87,5 @@ def take_teacher(model: nn.Module, path: str | Path) -> None:
         ) from None
 
 
-@contextmanager
-def _replacing(path: Path) -> Iterator[str]:
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        yield str(part)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
 def _own(path: Path, sharded: bool) -> Path:
     return path.with_suffix(f".rank{rank()}{path.suffix}") if sharded and rank() else path
-
-
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    try:
-        with safe_open(str(path), "pt") as file:
-            plain = json.loads((file.metadata() or {})["state"])
-            return plain, {name: file.get_tensor(name) for name in file.keys()}
-    except (OSError, SafetensorError, KeyError, json.JSONDecodeError):
-        raise GossamerError(
-            f"{path} holds no state of a sparse training; give a checkpoint written during one"
-        ) from None

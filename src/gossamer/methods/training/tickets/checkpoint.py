@@ -1,7 +1,6 @@
 """Rounds of training in a file: nested plain values as JSON, the tensors among them beside it."""
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from gossamer.core import GossamerError
+from gossamer.models.checkpoint import replacing
 
 __all__ = ["ROUNDS_FILE", "read_rounds", "write_rounds"]
 
@@ -30,14 +30,10 @@ def write_rounds(values: Mapping[str, Any], path: str | Path) -> None:
     path = Path(path)
     tensors: dict[str, Tensor] = {}
     text = json.dumps(_packed(dict(values), "state", tensors))
-    part = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            save_file(tensors, str(part), metadata={"rounds": text})
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
+        with replacing(path) as part:
+            save_file(tensors, part, metadata={"rounds": text})
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise GossamerError(f"cannot write to {path.parent}: {reason}") from None
